@@ -1,0 +1,35 @@
+// Package api is what the host and the guest agent agree on: a ttrpc service
+// for everything with an answer, and a framed byte stream for everything that
+// flows (stdio, forwarded ports). It is the only package that both sides import.
+//
+// The host dials and the guest listens, always; each side treats the other's
+// bytes as hostile and caps them.
+package api
+
+//go:generate protoc --go_out=. --go_opt=paths=source_relative --go-ttrpc_out=. --go-ttrpc_opt=paths=source_relative agent.proto
+
+// Version is this API's version. A host drives agents of the same version; the
+// initramfs that carries the agent is chosen by the host, so the two only
+// differ when someone mixed files of two builds.
+const Version = 1
+
+// vsock ports of the agent.
+const (
+	// PortControl serves the Agent service over ttrpc.
+	PortControl = 1024
+	// PortData serves streams: see [Header] and [Stream].
+	PortData = 1025
+)
+
+// Tags of the virtiofs shares and serials of the disks that every pod VM has.
+const (
+	// ShareLayers holds the pod's layer images (*.ext4), read-only on the host.
+	ShareLayers = "layers"
+	// ShareVolumes holds one entry per mounted host path.
+	ShareVolumes = "volumes"
+	// DiskScratch is the writable disk for overlays.
+	DiskScratch = "scratch"
+)
+
+// VolumeScheme begins the Source of an OCI mount that lies in [ShareVolumes].
+const VolumeScheme = "volume://"
