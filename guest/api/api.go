@@ -6,7 +6,7 @@
 // bytes as hostile and caps them.
 package api
 
-//go:generate protoc --go_out=. --go_opt=paths=source_relative --go-ttrpc_out=. --go-ttrpc_opt=paths=source_relative agent.proto
+//go:generate protoc -I../.. --go_out=../.. --go_opt=paths=source_relative --go-ttrpc_out=../.. --go-ttrpc_opt=paths=source_relative guest/api/agent.proto
 
 // Version is this API's version. A host drives agents of the same version; the
 // initramfs that carries the agent is chosen by the host, so the two only
