@@ -1,0 +1,139 @@
+// Package sandbox is a pod sandbox as the host sees it: its records on disk,
+// its start and stop as named steps with inverses, and the client of its shim,
+// the process that owns the pod's virtual machine.
+//
+// The package keeps what must outlive the daemon in files below Options.Root
+// and takes what is true right now from the shims. It does not speak CRI: it
+// stores the CRI's configuration messages and leaves their meaning, apart from
+// what a VM needs, to package cri. It doesn't hold a pod's life in its own
+// hands either: Close leaves pods running, and a daemon that dies takes none
+// with it.
+package sandbox
+
+import (
+	"context"
+	"net/netip"
+	"os"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	guestapi "github.com/cri-vz/cri-vz/guest/api"
+	"github.com/cri-vz/cri-vz/sandbox/network"
+	"github.com/cri-vz/cri-vz/sandbox/shim"
+	shimapi "github.com/cri-vz/cri-vz/sandbox/shim/api"
+)
+
+// Options say where pods live and what they are made of. Paths are absolute.
+type Options struct {
+	// Root survives reboots and holds the records: Root/pods/<id>. Created 0700.
+	Root string
+	// Run need not survive reboots and holds the sockets: Run/<first 12
+	// characters of the id>. Short, because a unix socket's path has at most
+	// 104 bytes. Created 0700.
+	Run string
+	// Driver makes the virtual machines; see [shim.Driver].
+	Driver shim.Driver
+	// Guest finds the boot files for an architecture as GOARCH spells it.
+	Guest func(arch string) (Guest, error)
+	// Scratch makes the sparse ext4 image at path for a pod's writable layers;
+	// the path doesn't exist yet.
+	Scratch func(path string, bytes int64) error
+	// Network gives pods their addresses.
+	Network Network
+	// Boots is how many VMs boot at one time; 0 is the number of CPUs.
+	Boots int
+	// ShimCommand is the program and its first arguments; the pod's directory
+	// is appended. Empty: this program with the argument "shim".
+	ShimCommand []string
+	// Classes are VM sizes by runtime handler. "" is the default class, and
+	// every handler that is not in the map is refused.
+	Classes map[string]Class
+	// CgroupRoot is the cgroup, relative to each hierarchy's mount point, below
+	// which pods without a cgroup_parent run. Empty: "cri-vz".
+	CgroupRoot string
+}
+
+// Class is the size of a runtime handler's virtual machines.
+type Class struct {
+	CPUs         int   // virtual CPUs, at least; 0: 1
+	MemoryBytes  int64 // guest memory for containers, at least; 0: 512 MiB
+	ReserveBytes int64 // added for the guest's kernel and agent; 0: 64 MiB
+	ScratchBytes int64 // size of the scratch disk (sparse); 0: 64 GiB
+	PidsMax      int64 // processes in the guest; 0: the kernel's default
+}
+
+// Guest is what a VM boots.
+type Guest struct {
+	Arch           string // GOARCH
+	Kernel, Initrd string
+	Cmdline        string
+}
+
+// Network is what pods need of [network.Network].
+type Network interface {
+	SetUp(ctx context.Context, pod network.Pod) (*network.Result, error)
+	OpenTap(podID string) (*os.File, error)
+	TearDown(ctx context.Context, podID string) error
+	Pods() ([]string, error)
+}
+
+var _ Network = (*network.Network)(nil)
+
+// Step is one named part of a pod's start.
+type Step struct {
+	Name  string
+	Nanos int64
+	// Error says why this step, and so the start, failed.
+	Error string
+	// Last: the pod is ready or has failed; the channel is closed after it.
+	Last bool
+}
+
+// PodStatus is a snapshot.
+type PodStatus struct {
+	Ready     bool
+	CreatedAt int64        // unix nanoseconds
+	IPs       []netip.Addr // the first is the pod IP; empty when not Ready
+	Netns     string       // path on the host; empty where there is none
+	Reason    string       // why it isn't ready
+	Steps     []Step
+}
+
+// ContainerStatus is a snapshot. Times are unix nanoseconds of the host's
+// clock, 0 while the thing has not happened.
+type ContainerStatus struct {
+	Phase                            shimapi.Phase
+	CreatedAt, StartedAt, FinishedAt int64
+	ExitCode                         int32
+	Reason                           string // Completed, Error, OOMKilled, StartError, SandboxGone
+	Message                          string
+	User                             *guestapi.ResolvedUser // nil until created in the guest
+	LogPath                          string
+	LogLinesDropped                  uint64
+}
+
+// CreateContainer is what a container is made of.
+type CreateContainer struct {
+	// Config is kept for status answers; its metadata is the container's name.
+	Config            *runtimeapi.ContainerConfig
+	ImageID, ImageRef string
+	// Spec is the OCI runtime spec that the guest carries out.
+	Spec *specs.Spec
+	User *guestapi.User
+	// Layers links the image's layers into dir and returns their file names
+	// there, the lowest first.
+	Layers func(dir string) ([]string, error)
+	// Volumes are the host paths that Spec's mounts name as volume://NAME.
+	// Names are this container's own; the pod makes them unique and rewrites
+	// the spec's sources.
+	Volumes   []*shimapi.Volume
+	PidMode   guestapi.NamespaceMode
+	PidTarget string // container id
+	Stdin     bool
+	StdinOnce bool
+	TTY       bool
+	LogPath   string // absolute; empty: no log
+	// StopSignal is what Stop sends first; 0: SIGTERM.
+	StopSignal uint32
+}
