@@ -301,9 +301,19 @@ func (g *guest) start(cfg guestConfig) {
 		g.loops.Add(1)
 		go g.interrupts(g.rings[i])
 	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	for s := range slots {
 		g.offer(g.rings[rxRing], s)
 	}
+}
+
+// intercept shows f each packet before the guest's stream layer, which does not get
+// it if f returns true.
+func (g *guest) intercept(f func(p packet, data []byte) bool) {
+	g.mu.Lock()
+	g.hook = f
+	g.mu.Unlock()
 }
 
 func (g *guest) startRings(features uint64, base uint16) {

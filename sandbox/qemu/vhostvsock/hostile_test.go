@@ -205,7 +205,6 @@ func TestHostilePackets(t *testing.T) {
 		}},
 		"to another guest": {f: func(g *guest, p packet) {
 			p.op, p.dstCID = opRequest, 4
-			g.hook = nil
 			g.transmit(p, nil)
 		}},
 		"datagram": {f: func(g *guest, p packet) {

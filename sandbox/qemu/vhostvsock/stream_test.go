@@ -463,7 +463,7 @@ func TestDial(t *testing.T) {
 	})
 	t.Run("guest is mute", func(t *testing.T) {
 		g := newGuest(t, nil)
-		g.hook = func(p packet, _ []byte) bool { return p.op == opRequest }
+		g.intercept(func(p packet, _ []byte) bool { return p.op == opRequest })
 		ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 		defer cancel()
 		if _, err := g.d.Dial(ctx, 9); !errors.Is(err, context.DeadlineExceeded) {
@@ -504,7 +504,7 @@ func TestDial(t *testing.T) {
 	t.Run("device closes meanwhile", func(t *testing.T) {
 		for _, driver := range []bool{false, true} {
 			g := newGuest(t, func(c *guestConfig) { c.noStart = !driver })
-			g.hook = func(packet, []byte) bool { return true }
+			g.intercept(func(packet, []byte) bool { return true })
 			dialled := make(chan error, 1)
 			go func() { _, err := g.d.Dial(testContext(t), echoPort); dialled <- err }()
 			time.Sleep(20 * time.Millisecond)
