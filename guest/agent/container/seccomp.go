@@ -112,7 +112,7 @@ func compileSeccomp(profile *specs.LinuxSeccomp) (*seccompFilter, error) {
 	}
 
 	rules := make(map[uint32][]seccompRule)
-	var newest uint32
+	newest, named := uint32(0), false
 	for i, call := range profile.Syscalls {
 		action, err := seccompAction(call.Action, call.ErrnoRet)
 		if err != nil {
@@ -130,7 +130,7 @@ func compileSeccomp(profile *specs.LinuxSeccomp) (*seccompFilter, error) {
 			if !ok {
 				continue
 			}
-			newest = max(newest, number)
+			newest, named = max(newest, number), true
 			if action == defaultAction {
 				continue
 			}
@@ -145,7 +145,7 @@ func compileSeccomp(profile *specs.LinuxSeccomp) (*seccompFilter, error) {
 	foreign, unknown := enosys, defaultAction
 	if denies(defaultAction) {
 		foreign = defaultAction
-		if profile.DefaultErrnoRet == nil && newest > 0 {
+		if profile.DefaultErrnoRet == nil && named {
 			unknown = enosys
 		}
 	}

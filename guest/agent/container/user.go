@@ -60,9 +60,9 @@ type Identity struct {
 
 // ResolveUser looks a user up in /etc/passwd and /etc/group of the tree at
 // rootfs. Symbolic links are resolved inside rootfs; both files are hostile:
-// anything but a regular file of at most 4 MiB is an error, and lines that
-// don't parse are skipped. A missing file is an empty one, so a numeric user
-// needs neither. It may be called concurrently.
+// anything but a regular file of at most 4 MiB is not read, and lines that
+// don't parse are skipped. A file that is not there or not readable is an empty
+// one, so a numeric user needs neither. It may be called concurrently.
 func ResolveUser(rootfs string, user User) (Identity, error) {
 	fd, err := unix.Open(rootfs, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -73,15 +73,19 @@ func ResolveUser(rootfs string, user User) (Identity, error) {
 }
 
 func resolveUserIn(root rootDir, user User) (Identity, error) {
-	passwd, err := root.readFile("/etc/passwd", maxAccountFile)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return Identity{}, fmt.Errorf("user database of the image: %w", err)
+	passwd, passwdErr := root.readFile("/etc/passwd", maxAccountFile)
+	group, groupErr := root.readFile("/etc/group", maxAccountFile)
+	id, err := resolveUser(passwd, group, user)
+	if err != nil {
+		// Why a name was not found. A numeric user gets along without the files,
+		// for example when they are masked.
+		for _, cause := range []error{passwdErr, groupErr} {
+			if cause != nil && !errors.Is(cause, os.ErrNotExist) {
+				return Identity{}, fmt.Errorf("%w (%w)", err, cause)
+			}
+		}
 	}
-	group, err := root.readFile("/etc/group", maxAccountFile)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return Identity{}, fmt.Errorf("group database of the image: %w", err)
-	}
-	return resolveUser(passwd, group, user)
+	return id, err
 }
 
 // resolveUser is ResolveUser on the contents of the two files.
