@@ -49,7 +49,7 @@ type ring struct {
 	kick              *os.File
 	call              int
 	base              uint16 // next, as told to QEMU when the ring stopped
-	baseTold          bool
+	baseTold          bool   // and QEMU has not set it since
 	mem               *memory
 	desc, avail, used []byte
 

@@ -10,6 +10,7 @@ import (
 	"net"
 	"runtime/debug"
 	"sync"
+	"syscall"
 	"time"
 
 	"k8s.io/klog/v2"
@@ -81,7 +82,8 @@ func (s *session) serve() error {
 			if s.err != nil { // the cause of the closed connection
 				return s.err
 			}
-			if errors.Is(err, io.EOF) {
+			// A front-end that dies with an unread reply resets the connection.
+			if errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) {
 				return nil
 			}
 			return err
@@ -278,6 +280,7 @@ func (s *session) setRing(q *ring, m *message) ([]byte, error) {
 			// and has forgotten its streams.
 			s.d.guestReset()
 		}
+		q.baseTold = false
 		q.next = uint16(v)
 	case reqGetVringBase:
 		// The ring stays stopped until the next SET_VRING_KICK.
