@@ -191,7 +191,7 @@ func findPlugin(name string, dirs []string) (string, error) {
 
 // cni returns libcni with its cache in StateDir and plugins run in NodeNetns.
 func (n *Network) cni() *libcni.CNIConfig {
-	return libcni.NewCNIConfigWithCacheDir(n.cfg.BinDirs, filepath.Join(n.cfg.StateDir, "cni"), &pluginExec{nodeNetns: n.cfg.NodeNetns})
+	return libcni.NewCNIConfigWithCacheDir(n.cfg.BinDirs, filepath.Join(n.cfg.StateDir, "cni"), &pluginExec{nodeNetns: n.cfg.NodeNetns, portmapTurn: n.portmapTurn})
 }
 
 func runtimeConf(pod Pod, netns string) *libcni.RuntimeConf {
@@ -245,6 +245,10 @@ func addressesOf(result cnitypes.Result) ([]netip.Prefix, cnitypes.DNS, error) {
 type pluginExec struct {
 	version.PluginDecoder
 	nodeNetns string
+	// portmapTurn lets one ADD of the portmap plugin run at a time: two that
+	// find its top-level chains missing both create them, and the later fails
+	// ("CHAIN_USER_ADD failed (File exists)", plugins 1.1.1).
+	portmapTurn chan struct{}
 }
 
 var _ invoke.Exec = (*pluginExec)(nil)
@@ -254,6 +258,14 @@ func (e *pluginExec) FindInPath(name string, dirs []string) (string, error) {
 }
 
 func (e *pluginExec) ExecPlugin(ctx context.Context, path string, stdin []byte, environ []string) ([]byte, error) {
+	if filepath.Base(path) == "portmap" && slices.Contains(environ, "CNI_COMMAND=ADD") {
+		select {
+		case e.portmapTurn <- struct{}{}:
+			defer func() { <-e.portmapTurn }()
+		case <-ctx.Done():
+			return nil, fmt.Errorf("CNI plugin %s: waited for other pods' host ports to be set up: %w", path, context.Cause(ctx))
+		}
+	}
 	var stdout, stderr cappedBuffer
 	err := inNetns(e.nodeNetns, func() error {
 		cmd := exec.CommandContext(ctx, path)

@@ -108,6 +108,8 @@ type DNS struct {
 // one at a time.
 type Network struct {
 	cfg Config
+	// portmapTurn is a semaphore of one; see pluginExec.
+	portmapTurn chan struct{}
 }
 
 // New checks cfg and fills in defaults. It creates StateDir and RunDir and

@@ -61,7 +61,7 @@ func newNetwork(cfg Config) (*Network, error) {
 		}
 		f.Close()
 	}
-	n := &Network{cfg: cfg}
+	n := &Network{cfg: cfg, portmapTurn: make(chan struct{}, 1)}
 	for _, dir := range []string{n.recordDir(), filepath.Join(cfg.RunDir, "netns")} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("network: %w", err)

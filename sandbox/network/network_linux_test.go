@@ -89,8 +89,9 @@ func newNode(t *testing.T) *node {
 	if err := CreateNetns(nd.netns); err != nil {
 		t.Fatal(err)
 	}
+	made := nd.netns
 	t.Cleanup(func() {
-		if err := DeleteNetns(nd.netns); err != nil {
+		if err := DeleteNetns(made); err != nil {
 			t.Error(err)
 		}
 		mounts, err := os.ReadFile("/proc/self/mountinfo")
@@ -431,6 +432,24 @@ func TestBuiltinNetwork(t *testing.T) {
 	for _, id := range []string{"pod-a", "pod-b", "pod-a"} { // twice is no error
 		tearDown(t, n, id)
 	}
+	nd.assertClean(t)
+}
+
+// Without NodeNetns the daemon's own namespace is the node's; the test's own is
+// private, see TestMain.
+func TestOwnNamespace(t *testing.T) {
+	nd := newNode(t)
+	n := nd.network(t, func(c *Config) { c.NodeNetns = "" })
+	r := setUp(t, n, Pod{ID: "own"})
+	t.Cleanup(func() {
+		if l, err := netlink.LinkByName(builtinBridge); err == nil {
+			netlink.LinkDel(l)
+		}
+	})
+	bootGuest(t, n, "own", r)
+	ping(t, "", r.Addresses[0].Addr())
+	tearDown(t, n, "own")
+	nd.netns = ""
 	nd.assertClean(t)
 }
 
