@@ -67,7 +67,8 @@ type Config struct {
 	Namespaces []Namespace `json:"namespaces,omitempty"`
 }
 
-// Namespace is an inherited descriptor of a namespace (nsfs file or pidfd).
+// Namespace is an inherited descriptor of a namespace: an nsfs file, or a pidfd
+// of a process in it, which several Namespaces may share.
 type Namespace struct {
 	// Type is mount, cgroup, ipc, uts or network.
 	Type specs.LinuxNamespaceType `json:"type"`

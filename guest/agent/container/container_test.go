@@ -558,6 +558,46 @@ cd /proc/sys; cat net/ipv4/ip_unprivileged_port_start kernel/shm_rmid_forced net
 	}
 }
 
+// TestUserNamespace: in a pod with a user namespace nobody makes devices, and
+// root is root of the namespace only (T21, T33).
+func TestUserNamespace(t *testing.T) {
+	root := newRoot(t)
+	config := newConfig(root, "sh", "-c", `cat /proc/self/uid_map | { read a b c; echo $a $b $c; }; stat -c '%F %t:%T' /dev/null /dev/urandom; echo x >/dev/null && id -u; wc -c </proc/uptime; cat /proc/sys/net/ipv4/ip_unprivileged_port_start; (echo x >/proc/sys/kernel/hostname) 2>&1; grep CapEff /proc/self/status`)
+	config.Spec.Linux.MaskedPaths = append(config.Spec.Linux.MaskedPaths, "/proc/uptime")
+	config.Spec.Linux.Sysctl = map[string]string{"net.ipv4.ip_unprivileged_port_start": "80"}
+	config.Spec.Process.NoNewPrivileges = false
+	config.Spec.Linux.Seccomp = allowList()
+	score := 300
+	config.Spec.Process.OOMScoreAdj = &score
+	c := start(t, "container-init", config, func(cmd *exec.Cmd) {
+		cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWUSER
+		identity := []syscall.SysProcIDMap{{ContainerID: 0, HostID: 0, Size: 65536}}
+		cmd.SysProcAttr.UidMappings, cmd.SysProcAttr.GidMappings = identity, identity
+		cmd.SysProcAttr.GidMappingsEnableSetgroups = true
+	})
+	c.wait()
+	want := "0 0 65536\ncharacter special file 1:3\ncharacter special file 1:9\n0\n0\n80\nsh: can't create /proc/sys/kernel/hostname: Read-only file system\nCapEff:\t00000000a80425fb\n"
+	if c.report != nil || c.out.String() != want {
+		t.Errorf("report %v, output\n%swant\n%s", c.report, c.out.String(), want)
+	}
+}
+
+// TestSharedPIDNamespace: without a pid namespace of its own the container sees
+// its parent's.
+func TestSharedPIDNamespace(t *testing.T) {
+	c := start(t, "container-init", newConfig(newRoot(t), "sh", "-c", "echo $$; readlink /proc/self/ns/pid; ls -d /proc/1"), func(cmd *exec.Cmd) {
+		cmd.SysProcAttr.Cloneflags &^= unix.CLONE_NEWPID
+	})
+	c.wait()
+	ns, err := os.Readlink("/proc/self/ns/pid")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := fmt.Sprintf("%d\n%s\n/proc/1\n", c.cmd.Process.Pid, ns); c.report != nil || c.out.String() != want {
+		t.Errorf("report %v, output\n%swant\n%s", c.report, c.out.String(), want)
+	}
+}
+
 // TestExec joins a running container as exec-init does (T21).
 func TestExec(t *testing.T) {
 	root := newRoot(t)
@@ -584,7 +624,9 @@ func TestExec(t *testing.T) {
 	pidns := open("pid")
 	namespaces := []*os.File{open("mnt"), open("cgroup"), open("ipc"), open("uts"), open("net")}
 	execIn := func(t *testing.T, config *Config) *child {
-		config.Namespaces = []Namespace{{"mount", 4}, {"cgroup", 5}, {"ipc", 6}, {"uts", 7}, {"network", 8}}
+		if config.Namespaces == nil {
+			config.Namespaces = []Namespace{{"mount", 4}, {"cgroup", 5}, {"ipc", 6}, {"uts", 7}, {"network", 8}}
+		}
 		done := make(chan *child)
 		go func() {
 			defer close(done)
@@ -622,6 +664,26 @@ func TestExec(t *testing.T) {
 		want += "/made\nsleep\n1000\n/home/alice\n/made\n4\nCapBnd:\t00000000a80425fb\nSeccomp:\t2\n"
 		if e.report != nil || e.out.String() != want {
 			t.Errorf("report %v, output\n%swant\n%s", e.report, e.out.String(), want)
+		}
+	})
+	t.Run("joins by pidfd", func(t *testing.T) {
+		fd, err := unix.PidfdOpen(c.cmd.Process.Pid, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pidfd := os.NewFile(uintptr(fd), "pidfd")
+		defer pidfd.Close()
+		saved := namespaces
+		namespaces = []*os.File{pidfd}
+		defer func() { namespaces = saved }()
+		config := newConfig("/ignored", "sh", "-c", "readlink /proc/self/ns/net; ls -d /made")
+		config.Namespaces = []Namespace{{"mount", 4}, {"cgroup", 4}, {"network", 4}}
+		ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", c.cmd.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e := execIn(t, config); e.report != nil || e.out.String() != ns+"\n/made\n" {
+			t.Errorf("report %v, output %q", e.report, e.out.String())
 		}
 	})
 	t.Run("command not found", func(t *testing.T) {

@@ -337,7 +337,6 @@ func joinNamespaces(p *process) error {
 		if err := unix.Setns(n.FD, namespaceFlags[n.Type]); err != nil {
 			return fmt.Errorf("join %s namespace: %w", n.Type, err)
 		}
-		unix.Close(n.FD)
 	}
 	root, err := unix.Open("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
