@@ -37,6 +37,9 @@ type mountOptions struct {
 
 // mountAttributes maps an option to the bits it sets and clears. With an "r" in
 // front it holds for the whole tree.
+//
+// MOUNT_ATTR__ATIME is a field, not a set of bits: whoever sets a mode clears the
+// whole of it, which is also what mount_setattr insists on.
 var mountAttributes = map[string]struct{ set, clear uint64 }{
 	"ro":            {unix.MOUNT_ATTR_RDONLY, 0},
 	"rw":            {0, unix.MOUNT_ATTR_RDONLY},
@@ -106,20 +109,6 @@ func parseMountOptions(options []string) (mountOptions, error) {
 			}
 			o.data = append(o.data, option)
 		}
-	}
-	// MOUNT_ATTR__ATIME is a field, not a set of bits: it must be cleared whole
-	// whenever part of it is set. The bits come back in clear if "noatime"
-	// followed "strictatime".
-	for _, p := range []*uint64{&o.clear, &o.recClear} {
-		if *p&unix.MOUNT_ATTR__ATIME != 0 {
-			*p |= unix.MOUNT_ATTR__ATIME
-		}
-	}
-	if o.set&unix.MOUNT_ATTR__ATIME != 0 {
-		o.clear |= unix.MOUNT_ATTR__ATIME
-	}
-	if o.recSet&unix.MOUNT_ATTR__ATIME != 0 {
-		o.recClear |= unix.MOUNT_ATTR__ATIME
 	}
 	return o, nil
 }
@@ -376,8 +365,8 @@ func filesystemMount(p *process, m specs.Mount, o mountOptions) error {
 	defer unix.Close(target)
 	set := o.set&^o.recClear | o.recSet
 	// Later mounts and devices have their mount points on it.
-	if late := uint64(unix.MOUNT_ATTR_RDONLY); fstype == "tmpfs" && set&late != 0 {
-		set &^= late
+	if fstype == "tmpfs" && set&unix.MOUNT_ATTR_RDONLY != 0 {
+		set &^= unix.MOUNT_ATTR_RDONLY
 		p.readonlyLater = append(p.readonlyLater, m.Destination)
 	}
 	tree, err := newFilesystem(fstype, m.Source, o.data, set)

@@ -86,7 +86,7 @@ func evaluate(profile *specs.LinuxSeccomp, call seccompCall) uint32 {
 			if n != call.number || action == byDefault {
 				continue
 			}
-			all, any, count := true, false, map[uint]int{}
+			all, some, count := true, false, map[uint]int{}
 			twice := false
 			for _, arg := range s.Args {
 				v, is := call.args[arg.Index], false
@@ -106,11 +106,11 @@ func evaluate(profile *specs.LinuxSeccomp, call seccompCall) uint32 {
 				case specs.OpMaskedEqual:
 					is = v&arg.Value == arg.ValueTwo&arg.Value
 				}
-				all, any = all && is, any || is
+				all, some = all && is, some || is
 				count[arg.Index]++
 				twice = twice || count[arg.Index] > 1
 			}
-			if all || twice && any {
+			if all || twice && some {
 				if !matched || int32(action&unix.SECCOMP_RET_ACTION_FULL) < int32(result&unix.SECCOMP_RET_ACTION_FULL) {
 					result = action
 				}
