@@ -1,0 +1,464 @@
+//go:build linux && (amd64 || arm64)
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"github.com/containerd/ttrpc"
+	"github.com/cri-vz/cri-vz/guest/api"
+	"github.com/mdlayher/vsock"
+	"golang.org/x/sys/unix"
+)
+
+// step is one named part of the boot.
+type step struct {
+	name string
+	run  func(*bootState) error
+}
+
+// bootState is what the steps share.
+type bootState struct {
+	*Agent
+	initramfs int // the initial root directory, where the modules lie
+	modules   []string
+	control   net.Listener
+	data      net.Listener
+}
+
+// Boot goes in three lists. What fails in the first is fatal: without it nobody
+// can be told. The second ends with the host being able to connect; a failure
+// there is fatal too. The third runs while the host is connecting already, and
+// what fails there is reported in Hello and by the calls that need it.
+var (
+	bootEarly = []step{
+		{"mount proc, sys and dev", mountKernel},
+		{"console", openConsole},
+		{"command line", readCommandLine},
+		{"root", moveRoot},
+	}
+	bootTransport = []step{
+		{"vsock modules", loadTransport},
+		{"listen", listen},
+	}
+	bootRest = []struct {
+		step
+		part string // of Agent.missing
+	}{
+		{step{"modules", loadRest}, "modules"},
+		{step{"kernel settings", kernelSettings}, ""},
+		{step{"cgroups", mountCgroups}, "cgroup"},
+		{step{"loopback", func(*bootState) error { return setLoopback() }}, ""},
+		{step{"scratch disk", mountScratch}, "scratch"},
+		{step{"layers", mountLayersShare}, "layers"},
+		{step{"volumes", mountVolumesShare}, "volumes"},
+		{step{"protect the root", sealRoot}, ""},
+	}
+)
+
+// RunInit is the main function of PID 1. It does not return: it ends by
+// powering the machine off.
+func RunInit() {
+	log := &logger{w: os.Stderr}
+	a := newAgent(guestPaths, log)
+	defer a.crash()
+	b := &bootState{Agent: a}
+	for _, list := range [][]step{bootEarly, bootTransport} {
+		for _, s := range list {
+			if err := a.bootStep(s.name, func() error { return s.run(b) }); err != nil {
+				log.Printf("boot failed: %s: %v", s.name, err)
+				powerOff()
+			}
+		}
+	}
+	go a.reaper.run(context.Background(), childSignals())
+	errs := make(chan error, 2)
+	go func() {
+		defer a.crash()
+		errs <- a.serveControl(b.control)
+	}()
+	go func() {
+		defer a.crash()
+		errs <- a.serveStreams(b.data)
+	}()
+	log.Printf("agent ready")
+	for _, s := range bootRest {
+		if err := a.bootStep(s.name, func() error { return s.run(b) }); err != nil {
+			log.Printf("boot: %s: %v", s.name, err)
+			if s.part != "" {
+				a.bootMu.Lock()
+				a.missing[s.part] = err
+				a.bootMu.Unlock()
+			}
+		}
+	}
+	close(a.booted)
+	log.Printf("the agent's server has ended: %v", <-errs)
+	powerOff()
+}
+
+func (a *Agent) bootStep(name string, f func() error) error {
+	start := time.Now()
+	err := f()
+	took := time.Since(start)
+	if err != nil {
+		name += " (failed: " + err.Error() + ")"
+	}
+	a.bootMu.Lock()
+	a.steps = append(a.steps, namedStep{name, int64(took)})
+	a.bootMu.Unlock()
+	a.log.Debugf("%s took %v", name, took)
+	return err
+}
+
+// crash, deferred, turns a panic of a goroutine into the end of the machine: a
+// half-dead agent would look like a living pod.
+func (a *Agent) crash() {
+	if v := recover(); v != nil {
+		a.log.Printf("panic: %v: %s", v, debug.Stack())
+		if os.Getpid() != 1 {
+			panic(v)
+		}
+		powerOff()
+	}
+}
+
+// powerOff does not return in a guest. Like every wait, the last sync has a
+// bound: the scratch disk may be full or gone.
+func powerOff() {
+	synced := make(chan struct{})
+	go func() {
+		unix.Sync()
+		close(synced)
+	}()
+	select {
+	case <-synced:
+	case <-time.After(time.Second):
+	}
+	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
+	// No way to power off: stop the machine in the other ways there are.
+	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
+	os.Exit(1)
+}
+
+func mountKernel(b *bootState) error {
+	fd, err := unix.Open("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	b.initramfs = fd
+	unix.Umask(0o022)
+	// T20: pivot_root refuses the initial root file system as the old root, for
+	// the containers as well. Everything goes on a tmpfs that moves onto it.
+	if err := os.MkdirAll("/root", 0o755); err != nil {
+		return err
+	}
+	if err := unix.Mount("root", "/root", "tmpfs", 0, "mode=755,size=1m"); err != nil {
+		return fmt.Errorf("mount root: %w", err)
+	}
+	const safe = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+	for _, m := range []struct {
+		source, target, fstype string
+		flags                  uintptr
+		data                   string
+	}{
+		{"proc", "proc", "proc", safe, ""},
+		{"sysfs", "sys", "sysfs", safe, ""},
+		{"devtmpfs", "dev", "devtmpfs", unix.MS_NOSUID | unix.MS_NOEXEC, "mode=755"},
+		{"devpts", "dev/pts", "devpts", unix.MS_NOSUID | unix.MS_NOEXEC, "mode=620,ptmxmode=666,gid=5"},
+		{"run", "run", "tmpfs", unix.MS_NOSUID | unix.MS_NODEV, "mode=755"},
+		{"layers", "l", "tmpfs", 0, "mode=755"}, // has a device node: the whiteout
+	} {
+		target := "/root/" + m.target
+		if err := os.MkdirAll(target, 0o755); err != nil {
+			return err
+		}
+		if err := unix.Mount(m.source, target, m.fstype, m.flags, m.data); err != nil {
+			return fmt.Errorf("mount %s: %w", m.target, err)
+		}
+	}
+	return nil
+}
+
+// openConsole makes /dev/console the standard streams: the kernel could not
+// give them to PID 1 if its console came later.
+func openConsole(b *bootState) error {
+	fd, err := unix.Open("/root/dev/console", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		// A guest without a console works, and says nothing.
+		if fd, err = unix.Open("/root/dev/null", unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
+			return err
+		}
+	}
+	defer unix.Close(fd)
+	for std := range 3 {
+		if err := unix.Dup3(fd, std, 0); err != nil {
+			return os.NewSyscallError("dup3", err)
+		}
+	}
+	return nil
+}
+
+func readCommandLine(b *bootState) error {
+	line, err := os.ReadFile("/root/proc/cmdline")
+	if err != nil {
+		return err
+	}
+	for _, f := range strings.Fields(string(line)) {
+		if f == "crivz.debug" {
+			b.log.debug = true
+		}
+	}
+	return nil
+}
+
+// moveRoot puts the new root in the initial one's place.
+func moveRoot(b *bootState) error {
+	const agent = "/root/agent"
+	if err := os.WriteFile(agent, nil, 0o755); err != nil {
+		return err
+	}
+	// A read-only bind mount instead of a copy: every process that the agent
+	// forks executes through it, and no container can overwrite the binary by
+	// way of /proc/PID/exe (runc CVE-2019-5736).
+	self := "/init"
+	if err := unix.Mount(self, agent, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("bind %s: %w", self, err)
+	}
+	if err := unix.Mount("", agent, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|unix.MS_NODEV, ""); err != nil {
+		return fmt.Errorf("make the agent read-only: %w", err)
+	}
+	if err := os.Chdir("/root"); err != nil {
+		return err
+	}
+	if err := unix.Mount(".", "/", "", unix.MS_MOVE, ""); err != nil {
+		return fmt.Errorf("move root: %w", err)
+	}
+	if err := unix.Chroot("."); err != nil {
+		return os.NewSyscallError("chroot", err)
+	}
+	return os.Chdir("/")
+}
+
+// transportModule is the last of the modules that a connection needs.
+const transportModule = "vmw_vsock_virtio_transport.ko"
+
+// loadTransport loads the listed modules up to the vsock transport.
+func loadTransport(b *bootState) error {
+	lines, err := readModules(b.initramfs, moduleList, false)
+	if err != nil {
+		return err
+	}
+	for _, l := range lines {
+		b.modules = append(b.modules, l[0])
+	}
+	// Those that vsock depends on are in the list's order right before it; the
+	// rest can wait until the host is connecting.
+	last := -1
+	for i, m := range b.modules {
+		if filepath.Base(m) == transportModule {
+			last = i
+		}
+	}
+	var later []string
+	for i, m := range b.modules {
+		if i > last || !needed(filepath.Base(m)) {
+			later = append(later, m)
+			continue
+		}
+		if err := loadModule(b.initramfs, m); err != nil {
+			return err
+		}
+	}
+	b.modules = later
+	return nil
+}
+
+// needed says that a module comes before the listeners: all that can be part
+// of the way to vsock.
+func needed(name string) bool {
+	return strings.Contains(name, "vsock") || strings.HasPrefix(name, "virtio") &&
+		!strings.HasPrefix(name, "virtio_net") && !strings.HasPrefix(name, "virtio_blk")
+}
+
+func loadRest(b *bootState) error {
+	var errs []error
+	for _, m := range b.modules {
+		if err := loadModule(b.initramfs, m); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	unix.Close(b.initramfs)
+	return errors.Join(errs...)
+}
+
+func listen(b *bootState) error {
+	var err error
+	if b.control, err = listenVsock(api.PortControl); err != nil {
+		return err
+	}
+	b.data, err = listenVsock(api.PortData)
+	return err
+}
+
+// listenVsock listens on every CID: the guest's own may change (QEMU after
+// hot-plug or restore), and a listener bound to it would go deaf.
+func listenVsock(port uint32) (net.Listener, error) {
+	l, err := vsock.ListenContextID(unix.VMADDR_CID_ANY, port, nil)
+	if err != nil {
+		return nil, fmt.Errorf("listen on vsock port %d: %w", port, err)
+	}
+	return hostOnly{l}, nil
+}
+
+// hostOnly accepts connections of the host only: containers have AF_VSOCK too.
+type hostOnly struct{ net.Listener }
+
+func (l hostOnly) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if addr, ok := c.RemoteAddr().(*vsock.Addr); ok && addr.ContextID == unix.VMADDR_CID_HOST {
+			return c, nil
+		}
+		c.Close()
+	}
+}
+
+// serveControl serves the API until l is closed.
+func (a *Agent) serveControl(l net.Listener) error {
+	server, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(
+		func(ctx context.Context, unmarshal ttrpc.Unmarshaler, info *ttrpc.UnaryServerInfo, method ttrpc.Method) (any, error) {
+			defer a.crash()
+			start := time.Now()
+			resp, err := method(ctx, unmarshal)
+			a.log.Debugf("%s took %v: %v", info.FullMethod, time.Since(start), err)
+			return resp, statusOf(err)
+		}))
+	if err != nil {
+		return err
+	}
+	api.RegisterAgentService(server, a)
+	return server.Serve(context.Background(), l)
+}
+
+// kernelSettings are what a node's administrator or systemd sets elsewhere.
+func kernelSettings(b *bootState) error {
+	// T25
+	errs := []error{os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)}
+	for name, value := range map[string]string{
+		// The kernel's default, made for small machines, is too low for a pod of
+		// databases; these are what distributions and container hosts set.
+		"vm/max_map_count":                 "262144",
+		"fs/inotify/max_user_instances":    "8192",
+		"fs/inotify/max_user_watches":      "524288",
+		"kernel/keys/maxkeys":              "10000",
+		"kernel/keys/maxbytes":             "1000000",
+		"vm/overcommit_memory":             "1",
+		"kernel/unprivileged_bpf_disabled": "1",
+	} {
+		err := os.WriteFile("/proc/sys/"+name, []byte(value), 0)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	// The kernel looks for the program in the initramfs, where its own threads
+	// have their root, and that is where the modules are.
+	err := os.WriteFile("/proc/sys/kernel/modprobe", []byte("/init"), 0)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+func mountCgroups(b *bootState) error {
+	dir := b.paths.cgroup
+	if err := unix.Mount("cgroup2", dir, "cgroup2", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+		return fmt.Errorf("mount cgroup2: %w", err)
+	}
+	if err := enableControllers(dir); err != nil {
+		return err
+	}
+	pod := filepath.Join(dir, "pod")
+	if err := os.Mkdir(pod, 0o755); err != nil {
+		return err
+	}
+	return enableControllers(pod)
+}
+
+// mountScratch finds the scratch disk by its serial number.
+func mountScratch(b *bootState) error {
+	device, err := diskBySerial("/sys/block", api.DiskScratch)
+	if err != nil {
+		return err
+	}
+	dir := b.paths.scratch
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	s := &scratch{dir: dir, device: device, quota: true}
+	err = unix.Mount(device, dir, "ext4", unix.MS_NOATIME, "prjquota")
+	if err != nil {
+		// The disk or the kernel has no quotas: usage is counted by walking.
+		s.quota = false
+		err = unix.Mount(device, dir, "ext4", unix.MS_NOATIME, "")
+	}
+	if err != nil {
+		return fmt.Errorf("mount %s as ext4: %w", device, err)
+	}
+	b.bootMu.Lock()
+	b.scratch = s
+	b.bootMu.Unlock()
+	return nil
+}
+
+// diskBySerial returns the device of the block device with a serial number.
+func diskBySerial(sys, serial string) (string, error) {
+	entries, err := os.ReadDir(sys)
+	if err != nil {
+		return "", err
+	}
+	for _, e := range entries {
+		b, err := os.ReadFile(filepath.Join(sys, e.Name(), "serial"))
+		if err == nil && strings.TrimSpace(string(b)) == serial {
+			return "/dev/" + e.Name(), nil
+		}
+	}
+	return "", fmt.Errorf("no disk has the serial number %q", serial)
+}
+
+func mountLayersShare(b *bootState) error {
+	if err := b.layers.init(); err != nil {
+		return err
+	}
+	return mountShare(api.ShareLayers, b.paths.layers, unix.MS_RDONLY)
+}
+
+func mountVolumesShare(b *bootState) error {
+	return mountShare(api.ShareVolumes, b.paths.volumes, 0)
+}
+
+func mountShare(tag, dir string, flags uintptr) error {
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return err
+	}
+	if err := unix.Mount(tag, dir, "virtiofs", flags|unix.MS_NOSUID|unix.MS_NODEV, ""); err != nil {
+		return fmt.Errorf("mount virtiofs share %q: %w", tag, err)
+	}
+	return nil
+}
+
+// sealRoot makes the root read-only: nothing has to be written there any more.
+func sealRoot(*bootState) error {
+	return unix.Mount("", "/", "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, "")
+}

@@ -1,0 +1,388 @@
+//go:build linux && (amd64 || arm64)
+
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/cri-vz/cri-vz/guest/agent/container"
+	"github.com/cri-vz/cri-vz/guest/api"
+	"github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// agentScheme begins the Source of a mount that is one of the pod's own files:
+// agent://resolv.conf, hosts, hostname or shm.
+const agentScheme = "agent://"
+
+// CreateContainer mounts the root file system, makes the cgroup and the
+// standard streams, and resolves the user. A failure leaves nothing behind.
+func (a *Agent) CreateContainer(ctx context.Context, r *api.CreateContainerRequest) (*api.CreateContainerResponse, error) {
+	if err := checkID("container", r.Id); err != nil {
+		return nil, err
+	}
+	parts := []string{"cgroup", "scratch"}
+	if len(r.Layers) > 0 {
+		parts = append(parts, "layers")
+	}
+	if err := a.require(ctx, parts...); err != nil {
+		return nil, fmt.Errorf("create container %q: %w", r.Id, err)
+	}
+	sb, err := a.pod()
+	if err != nil {
+		return nil, fmt.Errorf("create container %q: %w", r.Id, err)
+	}
+	c := &ctr{id: r.Id, execs: map[string]*process{}, reserved: map[string]bool{}, settled: make(chan struct{})}
+	a.mu.Lock()
+	if a.containers[r.Id] != nil {
+		a.mu.Unlock()
+		return nil, existsf("create container %q: it exists", r.Id)
+	}
+	a.counter++
+	c.number = a.counter
+	a.containers[r.Id] = c
+	a.mu.Unlock()
+
+	if err := a.create(c, sb, r); err != nil {
+		if e := a.destroy(c); e != nil {
+			a.log.Printf("undo the creation of container %s: %v", c.id, e)
+		}
+		a.mu.Lock()
+		delete(a.containers, r.Id)
+		a.mu.Unlock()
+		close(c.settled)
+		return nil, fmt.Errorf("create container %q: %w", r.Id, err)
+	}
+	c.mu.Lock()
+	c.state = created
+	c.mu.Unlock()
+	close(c.settled)
+	return &api.CreateContainerResponse{User: c.user}, nil
+}
+
+func (a *Agent) create(c *ctr, sb *sandbox, r *api.CreateContainerRequest) error {
+	var spec specs.Spec
+	if err := json.Unmarshal(r.Spec, &spec); err != nil {
+		return invalidf("OCI spec: %w", err)
+	}
+	if spec.Process == nil || len(spec.Process.Args) == 0 {
+		return invalidf("OCI spec: process.args is empty: there is no command to execute")
+	}
+	if spec.Linux == nil {
+		spec.Linux = &specs.Linux{}
+	}
+	c.spec = &spec
+	c.dir = filepath.Join(a.paths.run, "containers", strconv.Itoa(c.number))
+	c.cgroup = cgroup(filepath.Join(a.paths.cgroup, "pod", c.id))
+	if err := a.choosePID(c, sb, r); err != nil {
+		return err
+	}
+
+	if err := os.MkdirAll(c.dir, 0o700); err != nil {
+		return err
+	}
+	rootfs := filepath.Join(c.dir, "rootfs")
+	if err := os.Mkdir(rootfs, 0o755); err != nil {
+		return err
+	}
+	var err error
+	if c.layers, err = a.layers.acquire(r.Layers); err != nil {
+		return err
+	}
+	if c.writable, err = a.scratch.makeWritable(c.number); err != nil {
+		return fmt.Errorf("writable layer: %w", err)
+	}
+	if err := a.layers.mountOverlay(c.layers, c.writable, rootfs); err != nil {
+		return err
+	}
+	c.mounts = append(c.mounts, rootfs)
+	readonly := spec.Root != nil && spec.Root.Readonly
+	spec.Root = &specs.Root{Path: rootfs, Readonly: readonly}
+
+	if err := a.resolveMounts(c); err != nil {
+		return err
+	}
+	if err := c.resolveUser(r.User); err != nil {
+		return err
+	}
+	if spec.Process.OOMScoreAdj == nil {
+		// Else it would inherit pod-init's, which the OOM killer spares (T25).
+		spec.Process.OOMScoreAdj = new(int)
+	}
+	if err := c.cgroup.create(spec.Linux.Resources); err != nil {
+		return err
+	}
+	spec.Process.Terminal = r.Tty
+	p, err := a.newStdio(r.Tty, r.Stdin, spec.Process.ConsoleSize)
+	if err != nil {
+		return fmt.Errorf("standard streams: %w", err)
+	}
+	if p.stdio.stdin != nil {
+		p.stdio.stdin.once = r.StdinOnce
+	}
+	c.mu.Lock()
+	c.init = p
+	c.mu.Unlock()
+	return nil
+}
+
+// newStdio makes a process with its streams.
+func (a *Agent) newStdio(tty, stdin bool, size *specs.Box) (*process, error) {
+	if !tty {
+		s, child, err := newPipes(stdin)
+		if err != nil {
+			return nil, err
+		}
+		return newProcess(s, child), nil
+	}
+	var width, height uint32
+	if size != nil {
+		width, height = uint32(min(size.Width, 0xffff)), uint32(min(size.Height, 0xffff))
+	}
+	s, slave, err := newTerminal(a.paths.devpts, width, height)
+	if err != nil {
+		return nil, err
+	}
+	return newProcess(s, [3]*os.File{slave, slave, slave}), nil
+}
+
+// choosePID decides which pid namespace the container has.
+func (a *Agent) choosePID(c *ctr, sb *sandbox, r *api.CreateContainerRequest) error {
+	switch r.PidMode {
+	case api.NamespaceMode_CONTAINER:
+		c.ownPID = true
+		return nil
+	case api.NamespaceMode_POD:
+		if sb.pidMode == api.NamespaceMode_POD {
+			return nil
+		}
+		return preconditionf("the container shares the pod's pid namespace, but the sandbox was made with pid mode %v", sb.pidMode)
+	case api.NamespaceMode_NODE:
+		if sb.pidMode != api.NamespaceMode_POD {
+			return nil
+		}
+		return preconditionf("the container wants the guest's pid namespace, but the sandbox was made with pid mode %v", sb.pidMode)
+	case api.NamespaceMode_TARGET:
+		// T27
+		t, err := a.process(r.PidTarget, "")
+		if err != nil {
+			return fmt.Errorf("pid namespace: %w", err)
+		}
+		if !t.hasStarted() || t.hasExited() {
+			return preconditionf("pid namespace: container %q is not running", r.PidTarget)
+		}
+		c.target = t
+		return nil
+	}
+	return invalidf("pid mode %v", r.PidMode)
+}
+
+// resolveMounts turns the sources that only the guest can find into paths.
+func (a *Agent) resolveMounts(c *ctr) error {
+	for i := range c.spec.Mounts {
+		m := &c.spec.Mounts[i]
+		target := filepath.Join(c.dir, "m"+strconv.Itoa(i))
+		var err error
+		switch {
+		case strings.HasPrefix(m.Source, api.VolumeScheme):
+			err = a.pinVolume(strings.TrimPrefix(m.Source, api.VolumeScheme), target)
+		case strings.HasPrefix(m.Source, agentScheme):
+			switch name := strings.TrimPrefix(m.Source, agentScheme); name {
+			case "resolv.conf", "hosts", "hostname", "shm":
+				m.Source = filepath.Join(a.paths.run, "pod", name)
+				m.Type = "bind"
+				continue
+			default:
+				err = invalidf("the agent has no %q", name)
+			}
+		case m.Type == "image":
+			err = a.mountImage(c, m, target)
+		case m.Type == "bind" || hasBindOption(m.Options):
+			err = invalidf("source %q is neither %s nor %s", m.Source, api.VolumeScheme, agentScheme)
+		default:
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("mount %q at %q: %w", m.Source, m.Destination, err)
+		}
+		c.mounts = append(c.mounts, target)
+		m.Source, m.Type = target, "bind"
+		if !hasBindOption(m.Options) {
+			m.Options = append(m.Options, "rbind")
+		}
+	}
+	return nil
+}
+
+func hasBindOption(options []string) bool {
+	for _, o := range options {
+		if o == "bind" || o == "rbind" {
+			return true
+		}
+	}
+	return false
+}
+
+// pinVolume mounts NAME[/sub] of the volumes share at target. Containers can
+// write below NAME, so sub must not lead out of it; NAME is the host's.
+func (a *Agent) pinVolume(source, target string) error {
+	a.bootMu.Lock()
+	err := a.missing["volumes"]
+	a.bootMu.Unlock()
+	if err != nil {
+		return unavailablef("the guest has no volumes: %w", err)
+	}
+	name, sub, _ := strings.Cut(source, "/")
+	if name == "" || name == "." || name == ".." {
+		return invalidf("volume name %q", name)
+	}
+	base := a.paths.volumes
+	if sub != "" {
+		base = filepath.Join(base, name)
+	} else {
+		sub = name
+	}
+	_, err = pinBelow(base, sub, target)
+	return err
+}
+
+// mountImage mounts an image volume: options layer=NAME, the lowest first, and
+// optionally subpath=PATH.
+func (a *Agent) mountImage(c *ctr, m *specs.Mount, target string) error {
+	var names, rest []string
+	sub := ""
+	for _, o := range m.Options {
+		if v, ok := strings.CutPrefix(o, "layer="); ok {
+			names = append(names, v)
+		} else if v, ok := strings.CutPrefix(o, "subpath="); ok {
+			sub = v
+		} else {
+			rest = append(rest, o)
+		}
+	}
+	layers, err := a.layers.acquire(names)
+	if err != nil {
+		return err
+	}
+	c.layers = append(c.layers, layers...)
+	m.Options = append(rest, "ro")
+	whole := target
+	if sub != "" {
+		whole += "i"
+	}
+	if err := os.Mkdir(whole, 0o755); err != nil {
+		return err
+	}
+	if err := a.layers.mountLayers(layers, whole); err != nil {
+		return err
+	}
+	if sub == "" {
+		return nil
+	}
+	c.mounts = append(c.mounts, whole)
+	_, err = pinBelow(whole, sub, target)
+	return err
+}
+
+// resolveUser looks the user up in the container's files.
+func (c *ctr) resolveUser(u *api.User) error {
+	want := container.User{Name: u.GetName()}
+	if u != nil {
+		for _, id := range []struct {
+			from *int64
+			to   **uint32
+		}{{u.Uid, &want.UID}, {u.Gid, &want.GID}} {
+			if id.from == nil {
+				continue
+			}
+			if *id.from < 0 || *id.from > math.MaxInt32 {
+				return invalidf("user or group id %d is not within 0..%d", *id.from, math.MaxInt32)
+			}
+			v := uint32(*id.from)
+			*id.to = &v
+		}
+		want.AdditionalGIDs = u.SupplementalGroups
+		if u.StrictGroups {
+			want.SupplementalGroupsPolicy = container.GroupsStrict
+		}
+	}
+	id, err := container.ResolveUser(c.spec.Root.Path, want)
+	if err != nil {
+		return invalidf("user: %w", err)
+	}
+	c.user = &api.ResolvedUser{Uid: id.UID, Gid: id.GID, SupplementalGroups: id.Groups}
+	return nil
+}
+
+// runAs is the resolved user as container-init and exec-init take it.
+func (c *ctr) runAs() *container.User {
+	uid, gid := c.user.Uid, c.user.Gid
+	return &container.User{
+		UID: &uid, GID: &gid,
+		AdditionalGIDs:           c.user.SupplementalGroups,
+		SupplementalGroupsPolicy: container.GroupsStrict,
+	}
+}
+
+// destroy kills and releases all that c has, as far as create came. It may be
+// called again after an error.
+func (a *Agent) destroy(c *ctr) error {
+	var errs []error
+	if c.cgroup != "" {
+		if err := c.cgroup.remove(); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	c.mu.Lock()
+	if c.init != nil {
+		c.init.discard()
+	}
+	for _, p := range c.execs {
+		p.discard()
+	}
+	c.mu.Unlock()
+	for i := len(c.mounts) - 1; i >= 0; i-- {
+		if err := unmount(c.mounts[i]); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	c.mounts = nil
+	if err := a.layers.release(c.layers); err != nil {
+		errs = append(errs, err)
+	}
+	c.layers = nil
+	if c.writable != nil {
+		if err := c.writable.remove(); err != nil {
+			errs = append(errs, fmt.Errorf("remove the writable layer: %w", err))
+		}
+	}
+	if c.dir != "" && len(errs) == 0 {
+		// Mount points only: whatever were still mounted must not be emptied.
+		errs = append(errs, removeMountPoints(c.dir))
+	}
+	return errors.Join(errs...)
+}
+
+// removeMountPoints removes a directory of empty files and directories.
+func removeMountPoints(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
+			return err
+		}
+	}
+	return os.Remove(dir)
+}

@@ -1,0 +1,138 @@
+//go:build linux && (amd64 || arm64)
+
+package agent
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/cri-vz/cri-vz/guest/agent/container"
+	"github.com/cri-vz/cri-vz/guest/api"
+	"github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// Exec starts a process in a running container: same user, capabilities,
+// seccomp profile and limits as the container's own.
+func (a *Agent) Exec(ctx context.Context, r *api.ExecRequest) (*api.ExecResponse, error) {
+	if err := checkID("exec", r.ExecId); err != nil {
+		return nil, err
+	}
+	if len(r.Args) == 0 || r.Args[0] == "" {
+		return nil, invalidf("exec in container %q: no command", r.Id)
+	}
+	c, err := a.container(r.Id)
+	if err != nil {
+		return nil, err
+	}
+	sb, err := a.pod()
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	switch {
+	case c.state != running:
+		defer c.mu.Unlock()
+		return nil, preconditionf("exec in container %q: it is %v, not running", r.Id, c.state)
+	case c.execs[r.ExecId] != nil || c.reserved[r.ExecId]:
+		c.mu.Unlock()
+		return nil, existsf("exec in container %q: exec %q exists", r.Id, r.ExecId)
+	}
+	c.reserved[r.ExecId] = true
+	init := c.init
+	c.mu.Unlock()
+
+	p, err := a.exec(ctx, sb, c, init, r)
+	c.mu.Lock()
+	delete(c.reserved, r.ExecId)
+	gone := c.state == removing
+	if err == nil && !gone {
+		c.execs[r.ExecId] = p
+	}
+	c.mu.Unlock()
+	if err == nil && gone {
+		p.discard()
+		err = preconditionf("the container has been removed")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("exec in container %q: %w", r.Id, err)
+	}
+	return &api.ExecResponse{Pid: uint32(p.pid)}, nil
+}
+
+func (a *Agent) exec(ctx context.Context, sb *sandbox, c *ctr, init *process, r *api.ExecRequest) (*process, error) {
+	process := *c.spec.Process
+	process.Args = r.Args
+	process.Env = append(append([]string(nil), process.Env...), r.Env...)
+	process.Terminal = r.Tty
+	process.ConsoleSize = &specs.Box{Width: uint(r.Width), Height: uint(r.Height)}
+	if r.Cwd != "" {
+		process.Cwd = r.Cwd
+	}
+	cg := cgroup(c.cgroup.file("exec-" + r.ExecId))
+	if err := os.Mkdir(string(cg), 0o755); err != nil {
+		return nil, fmt.Errorf("create cgroup: %w", err)
+	}
+	p, err := a.newStdio(r.Tty, r.Stdin, process.ConsoleSize)
+	if err != nil {
+		_ = cg.remove()
+		return nil, fmt.Errorf("standard streams: %w", err)
+	}
+	p.cgroup = cg
+	if p.stdio.stdin != nil {
+		p.stdio.stdin.once = true
+	}
+	config := &container.Config{
+		Spec: specs.Spec{Process: &process, Linux: &specs.Linux{Seccomp: c.spec.Linux.Seccomp}},
+		User: c.runAs(),
+		// Descriptor 4 is the container's pidfd, which stands for all of its
+		// namespaces.
+		Namespaces: []container.Namespace{
+			{Type: specs.CgroupNamespace, FD: 4},
+			{Type: specs.MountNamespace, FD: 4},
+		},
+	}
+	start := &podStart{Role: RoleExecInit, JoinPID: c.ownPID || c.target != nil}
+	err = a.launch(ctx, sb, p, cg, start, config, init.pidfd, func() {})
+	if err != nil {
+		p.discard()
+		if e := cg.remove(); e != nil {
+			a.log.Printf("container %s: %v", c.id, e)
+		}
+		if strings.Contains(err.Error(), "no such process") && init.hasExited() {
+			err = preconditionf("the container has stopped")
+		}
+		return nil, err
+	}
+	return p, nil
+}
+
+// RemoveExec forgets an exec; one that still runs is killed with all it has
+// forked. What an ended exec has left running lives on as the container's.
+func (a *Agent) RemoveExec(_ context.Context, r *api.RemoveExecRequest) (*api.RemoveExecResponse, error) {
+	a.mu.Lock()
+	c := a.containers[r.Id]
+	a.mu.Unlock()
+	if c == nil {
+		return &api.RemoveExecResponse{}, nil
+	}
+	c.mu.Lock()
+	p := c.execs[r.ExecId]
+	delete(c.execs, r.ExecId)
+	c.mu.Unlock()
+	if p == nil {
+		return &api.RemoveExecResponse{}, nil
+	}
+	var err error
+	if p.hasExited() {
+		err = p.cgroup.disband()
+	} else {
+		err = p.cgroup.remove()
+	}
+	p.discard()
+	if err != nil {
+		return nil, fmt.Errorf("remove exec %q of container %q: %w", r.ExecId, r.Id, err)
+	}
+	return &api.RemoveExecResponse{}, nil
+}

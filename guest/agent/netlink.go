@@ -1,0 +1,228 @@
+//go:build linux && (amd64 || arm64)
+
+package agent
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"sync/atomic"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// podInterface is a NIC that PID 1 has moved into the pod's namespace.
+type podInterface struct {
+	Index     int            `json:"index"`
+	Name      string         `json:"name"`
+	MTU       uint32         `json:"mtu,omitempty"`
+	Addresses []netip.Prefix `json:"addresses,omitempty"`
+}
+
+// podRoute has an invalid Gateway for a destination that is on the link.
+type podRoute struct {
+	Destination netip.Prefix `json:"destination"`
+	Gateway     netip.Addr   `json:"gateway"`
+	Interface   string       `json:"interface,omitempty"`
+	Metric      uint32       `json:"metric,omitempty"`
+}
+
+// linkByMAC finds a NIC of the caller's network namespace.
+func linkByMAC(mac string) (net.Interface, error) {
+	hw, err := net.ParseMAC(mac)
+	if err != nil {
+		return net.Interface{}, invalidf("interface: %w", err)
+	}
+	links, err := net.Interfaces()
+	if err != nil {
+		return net.Interface{}, err
+	}
+	var have []string
+	for _, l := range links {
+		if l.HardwareAddr.String() == hw.String() {
+			return l, nil
+		}
+		have = append(have, l.Name+" "+l.HardwareAddr.String())
+	}
+	return net.Interface{}, notFoundf("no network interface with address %s in the guest (has %q)", hw, have)
+}
+
+// moveLink moves a NIC into the network namespace of a process.
+func moveLink(index, pid int) error {
+	return setLink(index, 0, attr32(unix.IFLA_NET_NS_PID, uint32(pid)))
+}
+
+// setLoopback brings the caller's lo up; its addresses come by themselves.
+func setLoopback() error {
+	lo, err := net.InterfaceByName("lo")
+	if err != nil {
+		return err
+	}
+	return setLink(lo.Index, unix.IFF_UP, nil)
+}
+
+func setUpInterfaces(interfaces []podInterface) error {
+	if err := setLoopback(); err != nil {
+		return fmt.Errorf("bring lo up: %w", err)
+	}
+	for _, i := range interfaces {
+		var attrs []byte
+		attrs = append(attrs, attribute(unix.IFLA_IFNAME, append([]byte(i.Name), 0))...)
+		if i.MTU != 0 {
+			attrs = append(attrs, attr32(unix.IFLA_MTU, i.MTU)...)
+		}
+		if err := setLink(i.Index, 0, attrs); err != nil {
+			return fmt.Errorf("interface %s: set name and MTU %d: %w", i.Name, i.MTU, err)
+		}
+		// Addresses first: the link comes up with them, and IPv6 makes none of
+		// its own before accept_ra could be turned off by a sysctl.
+		for _, a := range i.Addresses {
+			if err := addAddress(i.Index, a); err != nil {
+				return fmt.Errorf("interface %s: add address %s: %w", i.Name, a, err)
+			}
+		}
+		if err := setLink(i.Index, unix.IFF_UP, nil); err != nil {
+			return fmt.Errorf("bring %s up: %w", i.Name, err)
+		}
+	}
+	return nil
+}
+
+func setUpRoutes(routes []podRoute) error {
+	for _, r := range routes {
+		if err := addRoute(r); err != nil {
+			return fmt.Errorf("add route to %s by way of %s: %w", r.Destination, r.Gateway, err)
+		}
+	}
+	return nil
+}
+
+func setLink(index int, flags uint32, attrs []byte) error {
+	m := unix.IfInfomsg{Family: unix.AF_UNSPEC, Index: int32(index), Flags: flags, Change: flags}
+	return netlink(unix.RTM_NEWLINK, unix.NLM_F_ACK, bytesOf(&m), attrs)
+}
+
+func addAddress(index int, p netip.Prefix) error {
+	m := unix.IfAddrmsg{Family: family(p.Addr()), Prefixlen: uint8(p.Bits()), Index: uint32(index)}
+	ip := p.Addr().AsSlice()
+	attrs := append(attribute(unix.IFA_LOCAL, ip), attribute(unix.IFA_ADDRESS, ip)...)
+	switch {
+	case p.Addr().Is6():
+		// The host gave the address out: nobody else can have it, and duplicate
+		// detection would keep it unusable for a second.
+		attrs = append(attrs, attr32(unix.IFA_FLAGS, unix.IFA_F_NODAD)...)
+	case p.Bits() < 31:
+		broadcast := p.Masked().Addr().As4()
+		host := binary.BigEndian.Uint32(broadcast[:]) | uint32(1)<<(32-p.Bits()) - 1
+		attrs = append(attrs, attribute(unix.IFA_BROADCAST, binary.BigEndian.AppendUint32(nil, host))...)
+	}
+	return netlink(unix.RTM_NEWADDR, unix.NLM_F_ACK|unix.NLM_F_CREATE|unix.NLM_F_REPLACE, bytesOf(&m), attrs)
+}
+
+func addRoute(r podRoute) error {
+	m := unix.RtMsg{
+		Family:   family(r.Destination.Addr()),
+		Dst_len:  uint8(r.Destination.Bits()),
+		Table:    unix.RT_TABLE_MAIN,
+		Protocol: unix.RTPROT_STATIC,
+		Scope:    unix.RT_SCOPE_LINK,
+		Type:     unix.RTN_UNICAST,
+	}
+	var attrs []byte
+	if r.Destination.Bits() > 0 {
+		attrs = attribute(unix.RTA_DST, r.Destination.Masked().Addr().AsSlice())
+	}
+	if r.Gateway.IsValid() {
+		m.Scope = unix.RT_SCOPE_UNIVERSE
+		// Gateways outside the address's subnet are usual (/32 addresses).
+		m.Flags = unix.RTNH_F_ONLINK
+		attrs = append(attrs, attribute(unix.RTA_GATEWAY, r.Gateway.AsSlice())...)
+	}
+	link, err := net.InterfaceByName(r.Interface)
+	if err != nil {
+		return fmt.Errorf("interface %q: %w", r.Interface, err)
+	}
+	attrs = append(attrs, attr32(unix.RTA_OIF, uint32(link.Index))...)
+	if r.Metric != 0 {
+		attrs = append(attrs, attr32(unix.RTA_PRIORITY, r.Metric)...)
+	}
+	err = netlink(unix.RTM_NEWROUTE, unix.NLM_F_ACK|unix.NLM_F_CREATE|unix.NLM_F_EXCL, bytesOf(&m), attrs)
+	if errors.Is(err, unix.EEXIST) {
+		// The address brought it, or the host named it twice.
+		return nil
+	}
+	return err
+}
+
+func family(a netip.Addr) uint8 {
+	if a.Is4() {
+		return unix.AF_INET
+	}
+	return unix.AF_INET6
+}
+
+func bytesOf[T any](v *T) []byte {
+	return unsafe.Slice((*byte)(unsafe.Pointer(v)), unsafe.Sizeof(*v))
+}
+
+func attribute(typ uint16, value []byte) []byte {
+	b := binary.NativeEndian.AppendUint16(nil, uint16(4+len(value)))
+	b = binary.NativeEndian.AppendUint16(b, typ)
+	b = append(b, value...)
+	for len(b)%4 != 0 {
+		b = append(b, 0)
+	}
+	return b
+}
+
+func attr32(typ uint16, v uint32) []byte {
+	return attribute(typ, binary.NativeEndian.AppendUint32(nil, v))
+}
+
+var netlinkSeq atomic.Uint32
+
+// netlink sends one rtnetlink request in the calling thread's network namespace
+// and waits for its acknowledgement.
+func netlink(typ, flags uint16, body, attrs []byte) error {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
+	if err != nil {
+		return os.NewSyscallError("netlink socket", err)
+	}
+	defer unix.Close(fd)
+	// The kernel answers at once; the bound is for a kernel that doesn't.
+	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5})
+	seq := netlinkSeq.Add(1)
+	b := binary.NativeEndian.AppendUint32(nil, uint32(unix.NLMSG_HDRLEN+len(body)+len(attrs)))
+	b = binary.NativeEndian.AppendUint16(b, typ)
+	b = binary.NativeEndian.AppendUint16(b, flags|unix.NLM_F_REQUEST)
+	b = binary.NativeEndian.AppendUint32(b, seq)
+	b = binary.NativeEndian.AppendUint32(b, 0)
+	b = append(append(b, body...), attrs...)
+	if err := unix.Sendto(fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return os.NewSyscallError("netlink send", err)
+	}
+	answer := make([]byte, 8192)
+	for {
+		n, _, err := unix.Recvfrom(fd, answer, 0)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return os.NewSyscallError("netlink receive", err)
+		}
+		if n < unix.NLMSG_HDRLEN+4 || binary.NativeEndian.Uint32(answer[8:]) != seq {
+			continue
+		}
+		if binary.NativeEndian.Uint16(answer[4:]) != unix.NLMSG_ERROR {
+			continue
+		}
+		if code := int32(binary.NativeEndian.Uint32(answer[unix.NLMSG_HDRLEN:])); code != 0 {
+			return unix.Errno(-code)
+		}
+		return nil
+	}
+}

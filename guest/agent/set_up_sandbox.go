@@ -1,0 +1,270 @@
+//go:build linux && (amd64 || arm64)
+
+package agent
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+	"unsafe"
+
+	"github.com/cri-vz/cri-vz/guest/api"
+	"golang.org/x/sys/unix"
+)
+
+// setupTimeout bounds what pod-init does in SetUpSandbox: some rtnetlink calls.
+const setupTimeout = 30 * time.Second
+
+// SetUpSandbox makes the pod's namespaces and network, once per VM. After a
+// failure the VM is good for nothing but Shutdown: the host makes another.
+func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*api.SetUpSandboxResponse, error) {
+	if len(r.UidMappings) > 0 || len(r.GidMappings) > 0 {
+		return nil, unimplementedf("set up sandbox: user namespaces are not supported in the guest")
+	}
+	switch r.PidMode {
+	case api.NamespaceMode_POD, api.NamespaceMode_CONTAINER, api.NamespaceMode_NODE:
+	default:
+		return nil, invalidf("set up sandbox: pid mode %v", r.PidMode)
+	}
+	setup, err := parseSetup(r)
+	if err != nil {
+		return nil, fmt.Errorf("set up sandbox: %w", err)
+	}
+	a.mu.Lock()
+	if a.sandbox != nil {
+		a.mu.Unlock()
+		return nil, existsf("set up sandbox: this VM has one")
+	}
+	sb := &sandbox{pidMode: r.PidMode}
+	a.sandbox = sb
+	a.mu.Unlock()
+
+	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
+	defer cancel()
+	var s stepper
+	// Before anything that takes time stamps or random numbers.
+	s.run("clock", func() error { return setClock(r.UnixNanos) })
+	s.run("entropy", func() error { return addEntropy(r.Entropy) })
+	s.run("boot", func() error { return a.require(ctx) })
+	s.run("pod-init", func() error {
+		pod, err := startPodInit(a.reaper, a.paths.exe, r.PidMode == api.NamespaceMode_POD)
+		if err != nil {
+			return err
+		}
+		sb.pod = pod
+		go a.watchPodInit(pod)
+		sb.netns, err = os.Open("/proc/" + strconv.Itoa(pod.pid) + "/ns/net")
+		return err
+	})
+	s.run("move interfaces", func() error {
+		for i, in := range r.Interfaces {
+			link, err := linkByMAC(in.Mac)
+			if err != nil {
+				return err
+			}
+			setup.Interfaces[i].Index = link.Index
+			if err := moveLink(link.Index, sb.pod.pid); err != nil {
+				return fmt.Errorf("move %s into the pod's network namespace: %w", link.Name, err)
+			}
+		}
+		return nil
+	})
+	s.run("pod files", func() error { return a.writePodFiles(r) })
+	if s.err == nil {
+		reply, err := sb.pod.call(ctx, &message{Op: opSetup, Setup: setup}, nil)
+		s.steps, s.err = append(s.steps, reply.steps...), err
+	}
+	if s.err != nil {
+		return nil, fmt.Errorf("set up sandbox: %w", s.err)
+	}
+	a.mu.Lock()
+	sb.ready = true
+	a.mu.Unlock()
+	return &api.SetUpSandboxResponse{Steps: apiSteps(s.steps)}, nil
+}
+
+func apiSteps(steps []namedStep) []*api.Step {
+	out := make([]*api.Step, len(steps))
+	for i, s := range steps {
+		out[i] = &api.Step{Name: s.Name, Nanos: s.Nanos}
+	}
+	return out
+}
+
+// parseSetup checks a request before anything is done for it.
+func parseSetup(r *api.SetUpSandboxRequest) (*podSetup, error) {
+	s := &podSetup{Hostname: r.Hostname, Sysctls: map[string]string{}}
+	if len(r.Hostname) > 64 {
+		return nil, invalidf("hostname %q is longer than 64 bytes", r.Hostname)
+	}
+	if len(r.Entropy) > maxEntropy {
+		return nil, invalidf("%d bytes of entropy are more than %d", len(r.Entropy), maxEntropy)
+	}
+	for _, in := range r.Interfaces {
+		p := podInterface{Name: in.Name, MTU: in.Mtu}
+		if p.Name == "" {
+			p.Name = "eth0"
+		}
+		if len(p.Name) >= unix.IFNAMSIZ || p.Name == "lo" || strings.ContainsAny(p.Name, "/ \x00") {
+			return nil, invalidf("interface name %q", in.Name)
+		}
+		for _, text := range in.Addresses {
+			a, err := netip.ParsePrefix(text)
+			if err != nil {
+				return nil, invalidf("interface %s: %w", p.Name, err)
+			}
+			p.Addresses = append(p.Addresses, a)
+		}
+		s.Interfaces = append(s.Interfaces, p)
+	}
+	for _, route := range r.Routes {
+		p := podRoute{Interface: route.Interface, Metric: route.Metric}
+		var err error
+		if route.Gateway != "" {
+			if p.Gateway, err = netip.ParseAddr(route.Gateway); err != nil {
+				return nil, invalidf("route to %q: gateway: %w", route.Destination, err)
+			}
+		}
+		switch {
+		case route.Destination != "":
+			if p.Destination, err = netip.ParsePrefix(route.Destination); err != nil {
+				return nil, invalidf("route: %w", err)
+			}
+		case p.Gateway.Is6():
+			p.Destination = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+		default:
+			p.Destination = netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+		}
+		if p.Gateway.IsValid() && p.Gateway.Is4() != p.Destination.Addr().Is4() {
+			return nil, invalidf("route to %s: gateway %s is of another family", p.Destination, p.Gateway)
+		}
+		if p.Interface == "" {
+			if len(s.Interfaces) == 0 {
+				return nil, invalidf("route to %s: the pod has no interface", p.Destination)
+			}
+			p.Interface = s.Interfaces[0].Name
+		}
+		s.Routes = append(s.Routes, p)
+	}
+	// As containerd does: ping works without a capability.
+	s.Sysctls["net.ipv4.ping_group_range"] = "0 2147483647"
+	for name, value := range r.Sysctls {
+		if _, err := sysctlPath(name); err != nil {
+			return nil, err
+		}
+		s.Sysctls[name] = value
+	}
+	return s, nil
+}
+
+// shmSize is the pod-wide /dev/shm's, as in Docker and containerd (T26).
+const shmSize = "67108864"
+
+// writePodFiles makes what agent:// names.
+func (a *Agent) writePodFiles(r *api.SetUpSandboxRequest) error {
+	dir := filepath.Join(a.paths.run, "pod")
+	shm := filepath.Join(dir, "shm")
+	if err := os.MkdirAll(shm, 0o755); err != nil {
+		return err
+	}
+	if err := unix.Mount("shm", shm, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=1777,size="+shmSize); err != nil {
+		return fmt.Errorf("mount the pod's /dev/shm: %w", err)
+	}
+	for name, text := range map[string]string{
+		"resolv.conf": resolvConf(r.Dns),
+		"hosts":       hosts(r),
+		"hostname":    r.Hostname + "\n",
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func resolvConf(d *api.DNS) string {
+	var b strings.Builder
+	if len(d.GetSearches()) > 0 {
+		b.WriteString("search " + strings.Join(d.Searches, " ") + "\n")
+	}
+	for _, s := range d.GetServers() {
+		b.WriteString("nameserver " + s + "\n")
+	}
+	if len(d.GetOptions()) > 0 {
+		b.WriteString("options " + strings.Join(d.Options, " ") + "\n")
+	}
+	return b.String()
+}
+
+func hosts(r *api.SetUpSandboxRequest) string {
+	var b strings.Builder
+	b.WriteString("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n")
+	for _, i := range r.Interfaces {
+		for _, a := range i.Addresses {
+			if r.Hostname != "" {
+				ip, _, _ := strings.Cut(a, "/")
+				b.WriteString(ip + "\t" + r.Hostname + "\n")
+			}
+		}
+	}
+	for _, alias := range r.HostAliases {
+		b.WriteString(alias.Address + "\t" + strings.Join(alias.Names, " ") + "\n")
+	}
+	return b.String()
+}
+
+// SetClock sets the guest's clock.
+func (a *Agent) SetClock(_ context.Context, r *api.SetClockRequest) (*api.SetClockResponse, error) {
+	if r.UnixNanos <= 0 {
+		return nil, invalidf("set clock: %d is no time", r.UnixNanos)
+	}
+	if err := setClock(r.UnixNanos); err != nil {
+		return nil, err
+	}
+	return &api.SetClockResponse{}, nil
+}
+
+// setClock sets the clock to unix nanoseconds; 0 leaves it.
+func setClock(nanos int64) error {
+	if nanos == 0 {
+		return nil
+	}
+	ts := unix.NsecToTimespec(nanos)
+	if err := unix.ClockSettime(unix.CLOCK_REALTIME, &ts); err != nil {
+		return fmt.Errorf("set clock: %w", err)
+	}
+	return nil
+}
+
+const maxEntropy = 512
+
+// addEntropy mixes bytes into the kernel's pool and makes it reseed, so that
+// pods cloned from one snapshot differ.
+func addEntropy(b []byte) error {
+	if len(b) == 0 {
+		return nil
+	}
+	f, err := os.OpenFile("/dev/urandom", os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	const rndReseedCRNG = 0x5207
+	// struct rand_pool_info: bits, bytes, data.
+	info := binary.NativeEndian.AppendUint32(nil, uint32(len(b)*8))
+	info = binary.NativeEndian.AppendUint32(info, uint32(len(b)))
+	info = append(info, b...)
+	if _, _, e := unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.RNDADDENTROPY, uintptr(unsafe.Pointer(&info[0]))); e != 0 {
+		return fmt.Errorf("add entropy: %w", e)
+	}
+	if _, _, e := unix.Syscall(unix.SYS_IOCTL, f.Fd(), rndReseedCRNG, 0); e != 0 {
+		return fmt.Errorf("reseed random numbers: %w", e)
+	}
+	return nil
+}

@@ -1,0 +1,209 @@
+//go:build linux && (amd64 || arm64)
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/cri-vz/cri-vz/guest/agent/container"
+	"github.com/cri-vz/cri-vz/guest/api"
+	"golang.org/x/sys/unix"
+)
+
+// startTimeout bounds the life of container-init and exec-init: mounts, and
+// one look at each directory of PATH.
+const startTimeout = 60 * time.Second
+
+// StartContainer runs the container's process. When it fails the container is
+// stopped and says so in Wait too, with the exit code a shell would have.
+func (a *Agent) StartContainer(ctx context.Context, r *api.StartContainerRequest) (*api.StartContainerResponse, error) {
+	c, err := a.container(r.Id)
+	if err != nil {
+		return nil, err
+	}
+	sb, err := a.pod()
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	if c.state != created {
+		defer c.mu.Unlock()
+		return nil, preconditionf("start container %q: it is %v", r.Id, c.state)
+	}
+	c.state, c.settled = starting, make(chan struct{})
+	settled := c.settled
+	p := c.init
+	c.mu.Unlock()
+	defer close(settled)
+
+	start := &podStart{Role: RoleContainerInit, NewMounts: true, NewCgroup: true, NewPID: c.ownPID, JoinPID: c.target != nil}
+	config := &container.Config{Spec: *c.spec, User: c.runAs()}
+	var join *os.File
+	if c.target != nil {
+		join = c.target.pidfd
+	}
+	err = a.launch(ctx, sb, p, c.cgroup, start, config, join, func() {
+		// The pid namespace's processes are dying with their init, if it has one
+		// of its own; others of the container, or execs, die here.
+		if err := c.cgroup.kill(); err != nil {
+			a.log.Printf("container %s: kill what is left: %v", c.id, err)
+		}
+		p.oom = c.cgroup.flat("memory.events")["oom_kill"] > 0
+		c.mu.Lock()
+		if c.state != removing {
+			c.state = stopped
+		}
+		c.mu.Unlock()
+	})
+	if err != nil {
+		c.mu.Lock()
+		if c.state == starting {
+			c.state = stopped
+		}
+		c.mu.Unlock()
+		return nil, fmt.Errorf("start container %q: %w", r.Id, err)
+	}
+	c.mu.Lock()
+	if c.state == starting {
+		c.state = running
+	}
+	c.mu.Unlock()
+	return &api.StartContainerResponse{Pid: uint32(p.pid), StartedAt: p.startedAt.UnixNano()}, nil
+}
+
+// launch forks p through pod-init and waits until its command is executing.
+// ended is called once when the process has ended, before its output is
+// drained. On error p has ended, or never was.
+func (a *Agent) launch(ctx context.Context, sb *sandbox, p *process, cg cgroup, start *podStart, config *container.Config, join *os.File, ended func()) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	conn, child, err := configSocket()
+	if err != nil {
+		p.fail()
+		return err
+	}
+	defer conn.Close()
+	fd, err := unix.Open(string(cg), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		child.Close()
+		err = fmt.Errorf("open cgroup: %w", err)
+		p.fail()
+		return err
+	}
+	fds := []int{int(p.child[0].Fd()), int(p.child[1].Fd()), int(p.child[2].Fd()), int(child.Fd()), fd}
+	if join != nil {
+		fds = append(fds, int(join.Fd()))
+		if start.Role == RoleExecInit {
+			if !start.JoinPID {
+				fds = fds[:5]
+			}
+			fds = append(fds, int(join.Fd())) // descriptor 4 of the child: see exec
+		}
+	}
+	reply, err := sb.pod.call(ctx, &message{Op: opStart, Start: start}, func(ws unix.WaitStatus, at time.Time) {
+		go a.finish(p, ws, at, ended)
+	}, fds...)
+	unix.Close(fd)
+	child.Close()
+	// From here on the other ends are the process's alone, so that its end is
+	// the end of its output.
+	closeFiles(p.child[:])
+	if err == nil && reply.pidfd == nil {
+		err = errors.New("pod-init sent no pidfd")
+	}
+	if err != nil {
+		p.fail()
+		return err
+	}
+	p.pidfd = reply.pidfd
+	if p.pid, err = pidOf(int(p.pidfd.Fd())); err != nil || p.pid < 0 {
+		p.pid = 0 // gone already; finish tells
+	}
+	p.startedAt = time.Now()
+	close(p.started)
+
+	deadline, _ := ctx.Deadline()
+	_ = conn.SetDeadline(deadline)
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(past) })
+	defer stop()
+	err = container.WriteConfig(conn, config)
+	if err == nil || isClosed(err) {
+		err = container.ReadReport(conn)
+	}
+	if err == nil {
+		return nil
+	}
+	if e := p.signal(unix.SIGKILL); e != nil {
+		a.log.Printf("kill a process that failed to start: %v", e)
+	}
+	var report *container.Error
+	if errors.As(err, &report) {
+		err = reportError(report)
+	}
+	select {
+	case <-p.exited:
+	case <-time.After(5 * time.Second):
+	}
+	return err
+}
+
+// reportError gives the report of container-init the class that the host needs.
+func reportError(r *container.Error) error {
+	switch r.Class {
+	case container.ClassNotFound:
+		return &classError{errdefs.ErrNotFound, r}
+	case container.ClassPermission:
+		return &classError{errdefs.ErrPermissionDenied, r}
+	case container.ClassInvalid:
+		return &classError{errdefs.ErrInvalidArgument, r}
+	}
+	return r
+}
+
+// fail ends a process that never was.
+func (p *process) fail() {
+	closeFiles(p.child[:])
+	if !p.ended.CompareAndSwap(false, true) {
+		return
+	}
+	p.status, p.exitedAt = 255, time.Now()
+	p.stdio.close()
+	close(p.exited)
+	close(p.done)
+}
+
+// finish records the end of a process and waits for its output.
+func (a *Agent) finish(p *process, ws unix.WaitStatus, at time.Time, ended func()) {
+	defer a.crash()
+	if !p.ended.CompareAndSwap(false, true) {
+		return
+	}
+	p.status, p.exitedAt = exitCode(ws), at
+	ended()
+	close(p.exited)
+	p.stdio.drain(at, p.drop)
+	close(p.done)
+}
+
+// configSocket returns the socket to a child's init and the child's end.
+func configSocket() (net.Conn, *os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, os.NewSyscallError("socketpair", err)
+	}
+	child := os.NewFile(uintptr(fds[1]), "configuration")
+	f := os.NewFile(uintptr(fds[0]), "configuration")
+	conn, err := net.FileConn(f)
+	f.Close()
+	if err != nil {
+		child.Close()
+		return nil, nil, err
+	}
+	return conn, child, nil
+}

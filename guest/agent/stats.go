@@ -1,0 +1,140 @@
+//go:build linux && (amd64 || arm64)
+
+package agent
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/cri-vz/cri-vz/guest/api"
+)
+
+// Stats reads the cgroups of the named containers, or of all; named ones that
+// don't exist are left out.
+func (a *Agent) Stats(ctx context.Context, r *api.StatsRequest) (*api.StatsResponse, error) {
+	if err := a.require(ctx, "cgroup"); err != nil {
+		return nil, err
+	}
+	sb, err := a.pod()
+	if err != nil {
+		return nil, err
+	}
+	var list []*ctr
+	a.mu.Lock()
+	if len(r.Ids) == 0 {
+		for _, c := range a.containers {
+			list = append(list, c)
+		}
+	}
+	for _, id := range r.Ids {
+		if c := a.containers[id]; c != nil {
+			list = append(list, c)
+		}
+	}
+	a.mu.Unlock()
+	out := &api.StatsResponse{UnixNanos: time.Now().UnixNano(), Pod: cgroup(filepath.Join(a.paths.cgroup, "pod")).stats()}
+	for _, c := range list {
+		c.mu.Lock()
+		ready := c.state != creating && c.state != removing
+		c.mu.Unlock()
+		if !ready {
+			continue
+		}
+		s := c.cgroup.stats()
+		s.Id = c.id
+		if s.WritableBytes, s.WritableInodes, err = c.writable.usage(); err != nil {
+			a.log.Debugf("container %s: %v", c.id, err)
+		}
+		out.Containers = append(out.Containers, s)
+	}
+	// The process's view is its network namespace's.
+	counters, err := os.ReadFile("/proc/" + strconv.Itoa(sb.pod.pid) + "/net/dev")
+	if err != nil {
+		return nil, fmt.Errorf("network counters of the pod: %w", err)
+	}
+	out.Interfaces = parseNetDev(string(counters))
+	return out, nil
+}
+
+func (c cgroup) stats() *api.ContainerStats {
+	s := &api.ContainerStats{CpuUsageNanos: c.flat("cpu.stat")["usage_usec"] * 1000}
+	s.MemoryUsageBytes, _ = c.number("memory.current")
+	m := c.flat("memory.stat")
+	s.MemoryRssBytes, s.PageFaults, s.MajorPageFaults = m["anon"], m["pgfault"], m["pgmajfault"]
+	// As kubelet's: what the kernel could not simply drop.
+	s.MemoryWorkingSetBytes = s.MemoryUsageBytes - min(s.MemoryUsageBytes, m["inactive_file"])
+	if limit, ok := c.number("memory.max"); ok {
+		s.MemoryAvailableBytes = limit - min(limit, s.MemoryWorkingSetBytes)
+	}
+	s.Pids, _ = c.number("pids.current")
+	s.SwapUsageBytes, _ = c.number("memory.swap.current")
+	if limit, ok := c.number("memory.swap.max"); ok {
+		s.SwapAvailableBytes = limit - min(limit, s.SwapUsageBytes)
+	}
+	s.OomKills = c.flat("memory.events")["oom_kill"]
+	for _, resource := range []string{"cpu", "memory", "io"} {
+		if text, err := c.read(resource + ".pressure"); err == nil {
+			s.Pressure = append(s.Pressure, parsePressure(resource, text)...)
+		}
+	}
+	return s
+}
+
+// parsePressure reads the kernel's PSI format:
+// "some avg10=0.00 avg60=0.00 avg300=0.00 total=0".
+func parsePressure(resource, text string) []*api.Pressure {
+	var out []*api.Pressure
+	for line := range strings.Lines(text) {
+		f := strings.Fields(line)
+		if len(f) != 5 {
+			continue
+		}
+		p := &api.Pressure{Resource: resource, Kind: f[0]}
+		for _, kv := range f[1:] {
+			k, v, _ := strings.Cut(kv, "=")
+			n, err := strconv.ParseFloat(v, 64)
+			if err != nil {
+				continue
+			}
+			switch k {
+			case "avg10":
+				p.Avg10 = n
+			case "avg60":
+				p.Avg60 = n
+			case "avg300":
+				p.Avg300 = n
+			case "total":
+				p.TotalUsec, _ = strconv.ParseUint(v, 10, 64)
+			}
+		}
+		out = append(out, p)
+	}
+	return out
+}
+
+// parseNetDev reads /proc/net/dev; lo is left out.
+func parseNetDev(text string) []*api.InterfaceStats {
+	var out []*api.InterfaceStats
+	for line := range strings.Lines(text) {
+		name, rest, ok := strings.Cut(line, ":")
+		f := strings.Fields(rest)
+		if name = strings.TrimSpace(name); !ok || len(f) < 16 || name == "lo" {
+			continue
+		}
+		n := func(i int) uint64 {
+			v, _ := strconv.ParseUint(f[i], 10, 64)
+			return v
+		}
+		out = append(out, &api.InterfaceStats{
+			Name:    name,
+			RxBytes: n(0), RxPackets: n(1), RxErrors: n(2),
+			TxBytes: n(8), TxPackets: n(9), TxErrors: n(10),
+		})
+	}
+	return out
+}

@@ -1,0 +1,160 @@
+// Command probe is the only file of the guest tests' container image: a static
+// program that does, by its first argument, what a test wants to see done inside
+// a container, on any architecture.
+package main
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"os/signal"
+	"sort"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+func main() {
+	if err := run(os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "probe:", err)
+		os.Exit(1)
+	}
+}
+
+func run(args []string) error {
+	switch args[0] {
+	case "echo":
+		fmt.Println(strings.Join(args[1:], " "))
+	case "complain":
+		fmt.Fprintln(os.Stderr, strings.Join(args[1:], " "))
+	case "exit":
+		code, err := strconv.Atoi(args[1])
+		if err != nil {
+			return err
+		}
+		os.Exit(code)
+	case "sleep":
+		// Dies of SIGTERM though it may be PID 1.
+		c := make(chan os.Signal, 1)
+		signal.Notify(c, syscall.SIGTERM)
+		d, err := time.ParseDuration(args[1])
+		if err != nil {
+			return err
+		}
+		select {
+		case <-c:
+			os.Exit(42)
+		case <-time.After(d):
+		}
+	case "cat":
+		_, err := io.Copy(os.Stdout, os.Stdin)
+		return err
+	case "read":
+		for _, name := range args[1:] {
+			b, err := os.ReadFile(name)
+			if err != nil {
+				return err
+			}
+			os.Stdout.Write(b)
+		}
+	case "write":
+		return os.WriteFile(args[1], []byte(args[2]), 0o644)
+	case "ls":
+		entries, err := os.ReadDir(args[1])
+		if err != nil {
+			return err
+		}
+		for _, e := range entries {
+			fmt.Println(e.Name())
+		}
+	case "id":
+		groups, err := os.Getgroups()
+		if err != nil {
+			return err
+		}
+		host, _ := os.Hostname()
+		fmt.Println("uid", os.Getuid(), "gid", os.Getgid(), "groups", groups, "pid", os.Getpid(), "host", host)
+	case "env":
+		env := os.Environ()
+		sort.Strings(env)
+		fmt.Println(strings.Join(env, "\n"))
+	case "serve":
+		// Echoes until the client's end of file, then says goodbye.
+		l, err := net.Listen("tcp", "127.0.0.1:"+args[1])
+		if err != nil {
+			return err
+		}
+		fmt.Println("listening")
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return err
+			}
+			go func() {
+				defer c.Close()
+				_, _ = io.Copy(c, c)
+				fmt.Fprint(c, "bye")
+			}()
+		}
+	case "flood":
+		// Writes n MiB.
+		n, err := strconv.Atoi(args[1])
+		if err != nil {
+			return err
+		}
+		b := make([]byte, 1<<20)
+		for range n {
+			if _, err := os.Stdout.Write(b); err != nil {
+				return err
+			}
+		}
+	case "eat":
+		// Eats memory until it is killed.
+		var all [][]byte
+		for {
+			b := make([]byte, 1<<20)
+			for i := range b {
+				b[i] = 1
+			}
+			all = append(all, b)
+			_ = all
+		}
+	case "spawn":
+		// Leaves a child behind that keeps the streams.
+		c := exec.Command("/probe", args[1:]...)
+		c.Stdout, c.Stderr = os.Stdout, os.Stderr
+		if err := c.Start(); err != nil {
+			return err
+		}
+		fmt.Println("spawned")
+	case "orphans":
+		// Forks n children that end at once and waits for none.
+		n, err := strconv.Atoi(args[1])
+		if err != nil {
+			return err
+		}
+		for range n {
+			c := exec.Command("/probe", "exit", "0")
+			if err := c.Start(); err != nil {
+				return err
+			}
+		}
+	case "tty":
+		if _, err := os.Stat("/dev/console"); err != nil {
+			return err
+		}
+		fmt.Println("console is there")
+		buf := make([]byte, 100)
+		n, err := os.Stdin.Read(buf)
+		if err != nil {
+			return err
+		}
+		fmt.Printf("read %q\n", buf[:n])
+	default:
+		return fmt.Errorf("unknown verb %q", args[0])
+	}
+	return nil
+}
