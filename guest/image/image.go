@@ -105,17 +105,16 @@ const (
 )
 
 // DefaultDir is the directory of boot files if none is configured: the
-// environment's CRI_VZ_CACHE, else /var/cache/cri-vz/guest for root on Linux
-// (under systemd root has no home, and sudo keeps the caller's), else
-// cri-vz/guest in the user's cache directory.
+// environment's CRI_VZ_CACHE, else cri-vz/guest in the user's cache directory,
+// else (for root under systemd, which has no home) /var/cache/cri-vz/guest.
 func DefaultDir() (string, error) {
 	if dir := os.Getenv("CRI_VZ_CACHE"); dir != "" {
 		return filepath.Abs(dir)
 	}
-	if runtime.GOOS == "linux" && os.Geteuid() == 0 {
+	dir, err := os.UserCacheDir()
+	if err != nil && runtime.GOOS == "linux" && os.Geteuid() == 0 {
 		return "/var/cache/cri-vz/guest", nil
 	}
-	dir, err := os.UserCacheDir()
 	if err != nil {
 		return "", fmt.Errorf("find the guest directory: %w; set CRI_VZ_CACHE", err)
 	}
