@@ -252,18 +252,27 @@ func TestSyscallTable(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// On arm64 that source is wrong: it has newfstatat under a name that the
+	// kernel and seccomp profiles don't use, and the time64 calls of 32-bit
+	// architectures (403 to 423).
+	wrong := func(number int) bool {
+		return runtime.GOARCH == "arm64" && (number == 79 || number == 244 || number >= 403 && number <= 423)
+	}
 	for i, s := range nativeSyscalls {
 		if i > 0 && nativeSyscalls[i-1].name >= s.name {
 			t.Errorf("%s is out of order", s.name)
 		}
-		if name, ok := info.SyscallNumbers[int(s.number)]; ok && name != s.name {
+		if name, ok := info.SyscallNumbers[int(s.number)]; ok && name != s.name && !wrong(int(s.number)) {
 			t.Errorf("%d is %s here and %s there", s.number, s.name, name)
 		}
 	}
-	for name := range info.SyscallNames {
-		if _, ok := nativeSyscall(name); !ok {
+	for name, number := range info.SyscallNames {
+		if _, ok := nativeSyscall(name); !ok && !wrong(number) {
 			t.Errorf("%s is missing", name)
 		}
+	}
+	if want := map[string]uint32{"amd64": 262, "arm64": 79}[runtime.GOARCH]; nr(t, "newfstatat") != want {
+		t.Errorf("newfstatat is %d, want %d", nr(t, "newfstatat"), want)
 	}
 }
 
