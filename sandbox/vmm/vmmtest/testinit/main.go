@@ -1,0 +1,266 @@
+//go:build linux
+
+// Command testinit is PID 1 of the guests in which the conformance suite runs. It
+// loads the modules that the guest image lists, listens on vsock port 1024 and
+// obeys one-line commands, so that the suite depends on no agent.
+package main
+
+import (
+	"bufio"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/mdlayher/vsock"
+	"golang.org/x/sys/unix"
+)
+
+// port is where commands arrive; echoPort returns whatever it gets.
+const (
+	port     = 1024
+	echoPort = 1025
+)
+
+func main() {
+	if err := boot(); err != nil {
+		say("testinit: %v", err)
+		power(unix.LINUX_REBOOT_CMD_POWER_OFF)
+	}
+	select {}
+}
+
+// say writes a line to the console.
+func say(format string, args ...any) {
+	fmt.Fprintf(os.Stderr, format+"\n", args...)
+}
+
+func boot() error {
+	for _, m := range []struct{ dir, fs string }{
+		{"/proc", "proc"}, {"/sys", "sysfs"}, {"/dev", "devtmpfs"}, {"/tmp", "tmpfs"},
+	} {
+		if err := os.MkdirAll(m.dir, 0o755); err != nil {
+			return err
+		}
+		if err := unix.Mount(m.fs, m.dir, m.fs, 0, ""); err != nil && !errors.Is(err, unix.EBUSY) {
+			return fmt.Errorf("mount %s: %w", m.dir, err)
+		}
+	}
+	cmdline, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return err
+	}
+	if strings.Contains(string(cmdline), "testinit=hang") {
+		say("testinit: hanging as told")
+		return nil
+	}
+	if err := loadModules("/modules.list"); err != nil {
+		return err
+	}
+	for p, serve := range map[uint32]func(net.Conn){port: command, echoPort: echo} {
+		l, err := vsock.ListenContextID(unix.VMADDR_CID_ANY, p, nil)
+		if err != nil {
+			return fmt.Errorf("listen on port %d: %w", p, err)
+		}
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					say("testinit: accept: %v", err)
+					return
+				}
+				go serve(c)
+			}
+		}()
+	}
+	say("testinit: ready")
+	return nil
+}
+
+// loadModules loads the files that list names, in its order. A module that is
+// already there, or built in, is no error.
+func loadModules(list string) error {
+	b, err := os.ReadFile(list)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, name := range strings.Fields(string(b)) {
+		if !filepath.IsAbs(name) {
+			name = filepath.Join("/", name)
+		}
+		f, err := os.Open(name)
+		if err != nil {
+			return err
+		}
+		err = unix.FinitModule(int(f.Fd()), "", 0)
+		f.Close()
+		if err != nil && !errors.Is(err, unix.EEXIST) {
+			say("testinit: load %s: %v", name, err)
+		}
+	}
+	return nil
+}
+
+func power(how int) {
+	unix.Sync()
+	_ = unix.Reboot(how)
+}
+
+func echo(c net.Conn) {
+	defer c.Close()
+	_, _ = io.Copy(c, c)
+}
+
+// command answers each line with "ok RESULT" or "error TEXT"; both are quoted.
+func command(c net.Conn) {
+	defer c.Close()
+	in := bufio.NewScanner(c)
+	for in.Scan() {
+		word, rest, _ := strings.Cut(in.Text(), " ")
+		out, err := do(word, rest)
+		if err != nil {
+			fmt.Fprintf(c, "error %q\n", err)
+		} else {
+			fmt.Fprintf(c, "ok %q\n", out)
+		}
+	}
+}
+
+func do(word, rest string) (string, error) {
+	arg, more, _ := strings.Cut(rest, " ")
+	switch word {
+	case "ping":
+		return "pong", nil
+	case "poweroff", "reset":
+		how := unix.LINUX_REBOOT_CMD_POWER_OFF
+		if word == "reset" {
+			how = unix.LINUX_REBOOT_CMD_RESTART
+		}
+		go func() {
+			time.Sleep(20 * time.Millisecond) // lets the answer out
+			power(how)
+		}()
+		return "", nil
+	case "mount": // mount TAG: at /mnt/TAG
+		dir := filepath.Join("/mnt", arg)
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return "", err
+		}
+		return dir, unix.Mount(arg, dir, "virtiofs", 0, "")
+	case "remount-rw":
+		return "", unix.Mount("", arg, "", unix.MS_REMOUNT, "")
+	case "read":
+		b, err := os.ReadFile(arg)
+		return string(b), err
+	case "write": // in place, as an attacker would
+		f, err := os.OpenFile(arg, os.O_WRONLY|os.O_CREATE, 0o644)
+		if err != nil {
+			return "", err
+		}
+		_, err = f.WriteString(more)
+		return "", errors.Join(err, f.Close())
+	case "create":
+		f, err := os.OpenFile(arg, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+		if err != nil {
+			return "", err
+		}
+		return "", f.Close()
+	case "remove":
+		return "", os.Remove(arg)
+	case "chmod":
+		return "", os.Chmod(arg, 0o777)
+	case "list":
+		entries, err := os.ReadDir(arg)
+		names := make([]string, len(entries))
+		for i, e := range entries {
+			names[i] = e.Name()
+		}
+		return strings.Join(names, " "), err
+	case "disk": // disk SERIAL: its name
+		return disk(arg)
+	case "blockwrite": // blockwrite SERIAL TEXT: at offset 0
+		name, err := disk(arg)
+		if err != nil {
+			return "", err
+		}
+		f, err := os.OpenFile("/dev/"+name, os.O_WRONLY|os.O_SYNC, 0)
+		if err != nil {
+			return "", err
+		}
+		_, err = f.WriteString(more)
+		return "", errors.Join(err, f.Close())
+	case "blocksum": // blocksum SERIAL: size and digest
+		name, err := disk(arg)
+		if err != nil {
+			return "", err
+		}
+		f, err := os.Open("/dev/" + name)
+		if err != nil {
+			return "", err
+		}
+		defer f.Close()
+		h := sha256.New()
+		n, err := io.Copy(h, f)
+		return fmt.Sprintf("%d %s", n, hex.EncodeToString(h.Sum(nil))), err
+	case "nics": // MAC and MTU of each
+		dirs, err := filepath.Glob("/sys/class/net/e*")
+		if err != nil {
+			return "", err
+		}
+		var out []string
+		for _, d := range dirs {
+			mac, _ := os.ReadFile(filepath.Join(d, "address"))
+			mtu, _ := os.ReadFile(filepath.Join(d, "mtu"))
+			out = append(out, strings.TrimSpace(string(mac))+"/"+strings.TrimSpace(string(mtu)))
+		}
+		return strings.Join(out, " "), nil
+	case "machine": // architecture, CPUs, MiB of memory
+		var u unix.Utsname
+		var s unix.Sysinfo_t
+		if err := errors.Join(unix.Uname(&u), unix.Sysinfo(&s)); err != nil {
+			return "", err
+		}
+		cpus, err := filepath.Glob("/sys/devices/system/cpu/cpu[0-9]*")
+		return fmt.Sprintf("%s %d %d", unix.ByteSliceToString(u.Machine[:]), len(cpus), s.Totalram*uint64(s.Unit)>>20), err
+	case "console": // console N TEXT: N lines
+		n, err := strconv.Atoi(arg)
+		if err != nil {
+			return "", err
+		}
+		for range n {
+			say("%s", more)
+		}
+		return "", nil
+	case "spin": // keeps one CPU busy for good
+		go func() {
+			for n := 0; ; n++ {
+			}
+		}()
+		return "", nil
+	}
+	return "", fmt.Errorf("no such command: %s", word)
+}
+
+// disk finds the block device with a serial number.
+func disk(serial string) (string, error) {
+	files, err := filepath.Glob("/sys/block/*/serial")
+	if err != nil {
+		return "", err
+	}
+	for _, f := range files {
+		if b, err := os.ReadFile(f); err == nil && strings.TrimSpace(string(b)) == serial {
+			return filepath.Base(filepath.Dir(f)), nil
+		}
+	}
+	return "", fmt.Errorf("no disk with serial %s", serial)
+}
