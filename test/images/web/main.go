@@ -27,6 +27,7 @@ var commands = map[string]command{
 	"web": web, "sleep": sleep, "echo": echo, "cat": cat, "exit": exit, "env": env, "id": id, "pwd": pwd, "ls": ls,
 	"tcp-echo": tcpEcho, "write": write, "flood": flood, "trap-term": trapTerm, "oom": oom,
 	"spawn-zombies": spawnZombies, "orphan": orphan, "get": get, "hostname": hostname,
+	"err": errText, "count": count, "long": long, "detach": detach, "mount": mount, "poweroff": poweroff,
 }
 
 func main() {
@@ -351,4 +352,71 @@ func get(args []string) (int, error) {
 		return 22, fmt.Errorf("status %s", resp.Status)
 	}
 	return 0, nil
+}
+
+// errText prints its arguments on standard error.
+func errText(args []string) (int, error) {
+	_, err := fmt.Fprintln(os.Stderr, strings.Join(args, " "))
+	return 0, err
+}
+
+// count prints N numbered lines, one every INTERVAL.
+func count(args []string) (int, error) {
+	if len(args) != 2 {
+		return 2, errUsage
+	}
+	n, err := strconv.Atoi(args[0])
+	if err != nil {
+		return 2, err
+	}
+	interval, err := time.ParseDuration(args[1])
+	if err != nil {
+		return 2, err
+	}
+	for i := range n {
+		if _, err := fmt.Printf("line %d\n", i+1); err != nil {
+			return 1, err
+		}
+		time.Sleep(interval)
+	}
+	return 0, nil
+}
+
+// long prints one line of BYTES bytes.
+func long(args []string) (int, error) {
+	if len(args) != 1 {
+		return 2, errUsage
+	}
+	n, err := strconv.Atoi(args[0])
+	if err != nil {
+		return 2, err
+	}
+	_, err = fmt.Println(strings.Repeat("x", n))
+	return 0, err
+}
+
+// detach ends at once and leaves a child behind that holds its output open for
+// SECONDS.
+func detach(args []string) (int, error) {
+	if len(args) != 1 {
+		return 2, errUsage
+	}
+	cmd := exec.Command("/proc/self/exe", "sleep", args[0])
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	if err := cmd.Start(); err != nil {
+		return 1, err
+	}
+	_, err := fmt.Println("detached")
+	return 0, err
+}
+
+// mount is mount(2): TYPE SOURCE TARGET.
+func mount(args []string) (int, error) {
+	if len(args) != 3 {
+		return 2, errUsage
+	}
+	if err := os.MkdirAll(args[2], 0o755); err != nil {
+		return 1, err
+	}
+	return 0, syscallMount(args[1], args[2], args[0])
 }
