@@ -14,7 +14,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -713,83 +712,3 @@ func (im *layerImport) storeBlob(ctx context.Context, name string, r io.Reader, 
 // is 32 KiB.
 type writerOnly struct{ io.Writer }
 type readerOnly struct{ io.Reader }
-
-// meter reports progress from one goroutine.
-type meter struct {
-	report func(Progress)
-	bytes  atomic.Int64
-	layers atomic.Int64
-
-	mu   sync.Mutex
-	base Progress
-
-	quit chan struct{}
-	wg   sync.WaitGroup
-	once sync.Once
-}
-
-// progressInterval is slow enough for a log and fast enough for a terminal.
-const progressInterval = 200 * time.Millisecond
-
-func newMeter(report func(Progress), base Progress) *meter {
-	m := &meter{report: report, base: base, quit: make(chan struct{})}
-	if report == nil {
-		return m
-	}
-	m.wg.Go(func() {
-		tick := time.NewTicker(progressInterval)
-		defer tick.Stop()
-		for {
-			report(m.now())
-			select {
-			case <-tick.C:
-			case <-m.quit:
-				return
-			}
-		}
-	})
-	return m
-}
-
-func (m *meter) now() Progress {
-	m.mu.Lock()
-	p := m.base
-	m.mu.Unlock()
-	p.Bytes, p.Layers = m.bytes.Load(), int(m.layers.Load())
-	if p.Total > 0 {
-		p.Bytes = min(p.Bytes, p.Total)
-	}
-	return p
-}
-
-func (m *meter) add(n int64) { m.bytes.Add(n) }
-func (m *meter) layerDone()  { m.layers.Add(1) }
-
-func (m *meter) addLayers(n int) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.base.LayersTotal += n
-}
-
-func (m *meter) expect(stage string, total int64) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.base.Stage, m.base.Total = stage, total
-}
-
-// stop ends the reports; it may be called twice.
-func (m *meter) stop() {
-	m.once.Do(func() { close(m.quit) })
-	m.wg.Wait()
-}
-
-// done ends the reports with a last one.
-func (m *meter) done() {
-	m.stop()
-	if m.report != nil {
-		p := m.now()
-		p.Stage = StageDone
-		p.Bytes, p.Layers = p.Total, p.LayersTotal
-		m.report(p)
-	}
-}

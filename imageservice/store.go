@@ -43,6 +43,7 @@ type Store struct {
 	cancel  context.CancelFunc
 	flights flightGroup
 	leases  leaseTable
+	retry   retryPolicy
 	// converting bounds conversions by the number of CPUs: each keeps one busy.
 	converting chan struct{}
 
@@ -64,7 +65,7 @@ func Open(cfg Config) (*Store, error) {
 	if err := cfg.Limits.setDefaults(); err != nil {
 		return nil, err
 	}
-	s := &Store{cfg: cfg, converting: make(chan struct{}, runtime.GOMAXPROCS(0)), leases: newLeaseTable()}
+	s := &Store{cfg: cfg, converting: make(chan struct{}, runtime.GOMAXPROCS(0)), leases: newLeaseTable(), retry: defaultRetry}
 	for _, dir := range []string{cfg.Root, s.blobDir(), s.layerDir(), s.tmpDir()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, diskError(dir, fmt.Errorf("make image store directory: %w", err))

@@ -87,10 +87,11 @@ func Tar(entries ...Entry) ([]byte, error) {
 		if h.Typeflag == 0 {
 			h.Typeflag = tar.TypeReg
 		}
-		if h.ModTime.IsZero() {
+		global := h.Typeflag == tar.TypeXGlobalHeader // it has no attributes
+		if h.ModTime.IsZero() && !global {
 			h.ModTime = Created
 		}
-		if h.Mode == 0 {
+		if h.Mode == 0 && !global {
 			switch h.Typeflag {
 			case tar.TypeDir:
 				h.Mode = 0o755
