@@ -547,6 +547,174 @@ func (x *ForwardResponse) GetEof() bool {
 	return false
 }
 
+type ExecRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ContainerId   string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"` // first message only, like cmd, tty and stdin
+	Cmd           []string               `protobuf:"bytes,2,rep,name=cmd,proto3" json:"cmd,omitempty"`
+	Tty           bool                   `protobuf:"varint,3,opt,name=tty,proto3" json:"tty,omitempty"`
+	Stdin         bool                   `protobuf:"varint,4,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	Data          []byte                 `protobuf:"bytes,5,opt,name=data,proto3" json:"data,omitempty"`    // for the command's stdin
+	Eof           bool                   `protobuf:"varint,6,opt,name=eof,proto3" json:"eof,omitempty"`     // end of stdin
+	Width         uint32                 `protobuf:"varint,7,opt,name=width,proto3" json:"width,omitempty"` // new terminal size when not 0
+	Height        uint32                 `protobuf:"varint,8,opt,name=height,proto3" json:"height,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExecRequest) Reset() {
+	*x = ExecRequest{}
+	mi := &file_node_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExecRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExecRequest) ProtoMessage() {}
+
+func (x *ExecRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_node_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
+func (*ExecRequest) Descriptor() ([]byte, []int) {
+	return file_node_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ExecRequest) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
+func (x *ExecRequest) GetCmd() []string {
+	if x != nil {
+		return x.Cmd
+	}
+	return nil
+}
+
+func (x *ExecRequest) GetTty() bool {
+	if x != nil {
+		return x.Tty
+	}
+	return false
+}
+
+func (x *ExecRequest) GetStdin() bool {
+	if x != nil {
+		return x.Stdin
+	}
+	return false
+}
+
+func (x *ExecRequest) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *ExecRequest) GetEof() bool {
+	if x != nil {
+		return x.Eof
+	}
+	return false
+}
+
+func (x *ExecRequest) GetWidth() uint32 {
+	if x != nil {
+		return x.Width
+	}
+	return 0
+}
+
+func (x *ExecRequest) GetHeight() uint32 {
+	if x != nil {
+		return x.Height
+	}
+	return 0
+}
+
+type ExecResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Stdout        []byte                 `protobuf:"bytes,1,opt,name=stdout,proto3" json:"stdout,omitempty"`
+	Stderr        []byte                 `protobuf:"bytes,2,opt,name=stderr,proto3" json:"stderr,omitempty"`
+	Exited        bool                   `protobuf:"varint,3,opt,name=exited,proto3" json:"exited,omitempty"` // last message
+	ExitCode      int32                  `protobuf:"varint,4,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExecResponse) Reset() {
+	*x = ExecResponse{}
+	mi := &file_node_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExecResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExecResponse) ProtoMessage() {}
+
+func (x *ExecResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_node_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
+func (*ExecResponse) Descriptor() ([]byte, []int) {
+	return file_node_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ExecResponse) GetStdout() []byte {
+	if x != nil {
+		return x.Stdout
+	}
+	return nil
+}
+
+func (x *ExecResponse) GetStderr() []byte {
+	if x != nil {
+		return x.Stderr
+	}
+	return nil
+}
+
+func (x *ExecResponse) GetExited() bool {
+	if x != nil {
+		return x.Exited
+	}
+	return false
+}
+
+func (x *ExecResponse) GetExitCode() int32 {
+	if x != nil {
+		return x.ExitCode
+	}
+	return 0
+}
+
 var File_node_proto protoreflect.FileDescriptor
 
 const file_node_proto_rawDesc = "" +
@@ -589,13 +757,29 @@ const file_node_proto_rawDesc = "" +
 	"\x0fForwardResponse\x12\x12\n" +
 	"\x04open\x18\x01 \x01(\bR\x04open\x12\x12\n" +
 	"\x04data\x18\x02 \x01(\fR\x04data\x12\x10\n" +
-	"\x03eof\x18\x03 \x01(\bR\x03eof2\xbb\x02\n" +
+	"\x03eof\x18\x03 \x01(\bR\x03eof\"\xbe\x01\n" +
+	"\vExecRequest\x12!\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x10\n" +
+	"\x03cmd\x18\x02 \x03(\tR\x03cmd\x12\x10\n" +
+	"\x03tty\x18\x03 \x01(\bR\x03tty\x12\x14\n" +
+	"\x05stdin\x18\x04 \x01(\bR\x05stdin\x12\x12\n" +
+	"\x04data\x18\x05 \x01(\fR\x04data\x12\x10\n" +
+	"\x03eof\x18\x06 \x01(\bR\x03eof\x12\x14\n" +
+	"\x05width\x18\a \x01(\rR\x05width\x12\x16\n" +
+	"\x06height\x18\b \x01(\rR\x06height\"s\n" +
+	"\fExecResponse\x12\x16\n" +
+	"\x06stdout\x18\x01 \x01(\fR\x06stdout\x12\x16\n" +
+	"\x06stderr\x18\x02 \x01(\fR\x06stderr\x12\x16\n" +
+	"\x06exited\x18\x03 \x01(\bR\x06exited\x12\x1b\n" +
+	"\texit_code\x18\x04 \x01(\x05R\bexitCode2\x86\x03\n" +
 	"\x04Node\x12R\n" +
 	"\tLoadImage\x12\x1f.crivz.node.v1.LoadImageRequest\x1a .crivz.node.v1.LoadImageResponse(\x010\x01\x12E\n" +
 	"\n" +
 	"WatchSteps\x12 .crivz.node.v1.WatchStepsRequest\x1a\x13.crivz.node.v1.Step0\x01\x12J\n" +
 	"\aConsole\x12\x1d.crivz.node.v1.ConsoleRequest\x1a\x1e.crivz.node.v1.ConsoleResponse0\x01\x12L\n" +
-	"\aForward\x12\x1d.crivz.node.v1.ForwardRequest\x1a\x1e.crivz.node.v1.ForwardResponse(\x010\x01B&Z$github.com/cri-vz/cri-vz/cri/api;apib\x06proto3"
+	"\aForward\x12\x1d.crivz.node.v1.ForwardRequest\x1a\x1e.crivz.node.v1.ForwardResponse(\x010\x01\x12I\n" +
+	"\n" +
+	"ExecStream\x12\x1a.crivz.node.v1.ExecRequest\x1a\x1b.crivz.node.v1.ExecResponse(\x010\x01B&Z$github.com/cri-vz/cri-vz/cri/api;apib\x06proto3"
 
 var (
 	file_node_proto_rawDescOnce sync.Once
@@ -609,7 +793,7 @@ func file_node_proto_rawDescGZIP() []byte {
 	return file_node_proto_rawDescData
 }
 
-var file_node_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_node_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_node_proto_goTypes = []any{
 	(*LoadImageRequest)(nil),  // 0: crivz.node.v1.LoadImageRequest
 	(*LoadImageResponse)(nil), // 1: crivz.node.v1.LoadImageResponse
@@ -620,22 +804,26 @@ var file_node_proto_goTypes = []any{
 	(*ConsoleResponse)(nil),   // 6: crivz.node.v1.ConsoleResponse
 	(*ForwardRequest)(nil),    // 7: crivz.node.v1.ForwardRequest
 	(*ForwardResponse)(nil),   // 8: crivz.node.v1.ForwardResponse
+	(*ExecRequest)(nil),       // 9: crivz.node.v1.ExecRequest
+	(*ExecResponse)(nil),      // 10: crivz.node.v1.ExecResponse
 }
 var file_node_proto_depIdxs = []int32{
-	2, // 0: crivz.node.v1.LoadImageResponse.image:type_name -> crivz.node.v1.LoadedImage
-	0, // 1: crivz.node.v1.Node.LoadImage:input_type -> crivz.node.v1.LoadImageRequest
-	3, // 2: crivz.node.v1.Node.WatchSteps:input_type -> crivz.node.v1.WatchStepsRequest
-	5, // 3: crivz.node.v1.Node.Console:input_type -> crivz.node.v1.ConsoleRequest
-	7, // 4: crivz.node.v1.Node.Forward:input_type -> crivz.node.v1.ForwardRequest
-	1, // 5: crivz.node.v1.Node.LoadImage:output_type -> crivz.node.v1.LoadImageResponse
-	4, // 6: crivz.node.v1.Node.WatchSteps:output_type -> crivz.node.v1.Step
-	6, // 7: crivz.node.v1.Node.Console:output_type -> crivz.node.v1.ConsoleResponse
-	8, // 8: crivz.node.v1.Node.Forward:output_type -> crivz.node.v1.ForwardResponse
-	5, // [5:9] is the sub-list for method output_type
-	1, // [1:5] is the sub-list for method input_type
-	1, // [1:1] is the sub-list for extension type_name
-	1, // [1:1] is the sub-list for extension extendee
-	0, // [0:1] is the sub-list for field type_name
+	2,  // 0: crivz.node.v1.LoadImageResponse.image:type_name -> crivz.node.v1.LoadedImage
+	0,  // 1: crivz.node.v1.Node.LoadImage:input_type -> crivz.node.v1.LoadImageRequest
+	3,  // 2: crivz.node.v1.Node.WatchSteps:input_type -> crivz.node.v1.WatchStepsRequest
+	5,  // 3: crivz.node.v1.Node.Console:input_type -> crivz.node.v1.ConsoleRequest
+	7,  // 4: crivz.node.v1.Node.Forward:input_type -> crivz.node.v1.ForwardRequest
+	9,  // 5: crivz.node.v1.Node.ExecStream:input_type -> crivz.node.v1.ExecRequest
+	1,  // 6: crivz.node.v1.Node.LoadImage:output_type -> crivz.node.v1.LoadImageResponse
+	4,  // 7: crivz.node.v1.Node.WatchSteps:output_type -> crivz.node.v1.Step
+	6,  // 8: crivz.node.v1.Node.Console:output_type -> crivz.node.v1.ConsoleResponse
+	8,  // 9: crivz.node.v1.Node.Forward:output_type -> crivz.node.v1.ForwardResponse
+	10, // 10: crivz.node.v1.Node.ExecStream:output_type -> crivz.node.v1.ExecResponse
+	6,  // [6:11] is the sub-list for method output_type
+	1,  // [1:6] is the sub-list for method input_type
+	1,  // [1:1] is the sub-list for extension type_name
+	1,  // [1:1] is the sub-list for extension extendee
+	0,  // [0:1] is the sub-list for field type_name
 }
 
 func init() { file_node_proto_init() }
@@ -649,7 +837,7 @@ func file_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_node_proto_rawDesc), len(file_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   9,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

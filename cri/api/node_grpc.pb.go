@@ -25,6 +25,7 @@ const (
 	Node_WatchSteps_FullMethodName = "/crivz.node.v1.Node/WatchSteps"
 	Node_Console_FullMethodName    = "/crivz.node.v1.Node/Console"
 	Node_Forward_FullMethodName    = "/crivz.node.v1.Node/Forward"
+	Node_ExecStream_FullMethodName = "/crivz.node.v1.Node/ExecStream"
 )
 
 // NodeClient is the client API for Node service.
@@ -41,6 +42,8 @@ type NodeClient interface {
 	Console(ctx context.Context, in *ConsoleRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ConsoleResponse], error)
 	// Forward opens one connection to a port on a pod's loopback.
 	Forward(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ForwardRequest, ForwardResponse], error)
+	// ExecStream runs a command in a container, with or without a terminal.
+	ExecStream(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ExecRequest, ExecResponse], error)
 }
 
 type nodeClient struct {
@@ -115,6 +118,19 @@ func (c *nodeClient) Forward(ctx context.Context, opts ...grpc.CallOption) (grpc
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Node_ForwardClient = grpc.BidiStreamingClient[ForwardRequest, ForwardResponse]
 
+func (c *nodeClient) ExecStream(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ExecRequest, ExecResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Node_ServiceDesc.Streams[4], Node_ExecStream_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ExecRequest, ExecResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Node_ExecStreamClient = grpc.BidiStreamingClient[ExecRequest, ExecResponse]
+
 // NodeServer is the server API for Node service.
 // All implementations must embed UnimplementedNodeServer
 // for forward compatibility.
@@ -129,6 +145,8 @@ type NodeServer interface {
 	Console(*ConsoleRequest, grpc.ServerStreamingServer[ConsoleResponse]) error
 	// Forward opens one connection to a port on a pod's loopback.
 	Forward(grpc.BidiStreamingServer[ForwardRequest, ForwardResponse]) error
+	// ExecStream runs a command in a container, with or without a terminal.
+	ExecStream(grpc.BidiStreamingServer[ExecRequest, ExecResponse]) error
 	mustEmbedUnimplementedNodeServer()
 }
 
@@ -150,6 +168,9 @@ func (UnimplementedNodeServer) Console(*ConsoleRequest, grpc.ServerStreamingServ
 }
 func (UnimplementedNodeServer) Forward(grpc.BidiStreamingServer[ForwardRequest, ForwardResponse]) error {
 	return status.Error(codes.Unimplemented, "method Forward not implemented")
+}
+func (UnimplementedNodeServer) ExecStream(grpc.BidiStreamingServer[ExecRequest, ExecResponse]) error {
+	return status.Error(codes.Unimplemented, "method ExecStream not implemented")
 }
 func (UnimplementedNodeServer) mustEmbedUnimplementedNodeServer() {}
 func (UnimplementedNodeServer) testEmbeddedByValue()              {}
@@ -208,6 +229,13 @@ func _Node_Forward_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Node_ForwardServer = grpc.BidiStreamingServer[ForwardRequest, ForwardResponse]
 
+func _Node_ExecStream_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(NodeServer).ExecStream(&grpc.GenericServerStream[ExecRequest, ExecResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Node_ExecStreamServer = grpc.BidiStreamingServer[ExecRequest, ExecResponse]
+
 // Node_ServiceDesc is the grpc.ServiceDesc for Node service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -235,6 +263,12 @@ var Node_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "Forward",
 			Handler:       _Node_Forward_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
+		},
+		{
+			StreamName:    "ExecStream",
+			Handler:       _Node_ExecStream_Handler,
 			ServerStreams: true,
 			ClientStreams: true,
 		},

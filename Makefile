@@ -1,0 +1,75 @@
+# make demo   see it work: a web server in a VM, from a docker-save tar
+# make test   everything CI runs: unit tests with the race detector, the
+#             hypervisor's conformance suite, end to end in real VMs
+# Both install what they need first (hack/setup), as root or with sudo.
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := build
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+SUDO    := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E env "PATH=$$PATH")
+HOSTS   := linux/amd64 linux/arm64 darwin/amd64 darwin/arm64
+ARCH    := $(shell go env GOARCH)
+LDFLAGS := -s -w -X github.com/cri-vz/cri-vz/cmd/cri-vz/command.Version=$(VERSION)
+AGENT_LDFLAGS := -s -w -X github.com/cri-vz/cri-vz/guest/agent.Version=$(VERSION)
+export CGO_ENABLED := 0
+
+# Packages whose tests boot VMs run one at a time; the others with -race.
+VM_PACKAGES := ./sandbox/qemu ./sandbox ./test/e2e
+ALL_PACKAGES = $(shell go list ./...)
+UNIT_PACKAGES = $(filter-out $(addprefix github.com/cri-vz/cri-vz,$(VM_PACKAGES:.%=%)),$(ALL_PACKAGES))
+
+.PHONY: build agent guest setup demo check lint test test-unit test-vm test-long bench kernel clean
+
+build: ## bin/cri-vz
+	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/cri-vz ./cmd/cri-vz
+
+agent: ## the guest agent for both architectures, at most 6 MiB each
+	for arch in amd64 arm64; do \
+	  GOOS=linux GOARCH=$$arch go build -trimpath -ldflags '$(AGENT_LDFLAGS)' -o bin/cri-vz-agent-$$arch ./cmd/cri-vz-agent; \
+	  size=$$(stat -c %s bin/cri-vz-agent-$$arch 2>/dev/null || stat -f %z bin/cri-vz-agent-$$arch); \
+	  [ "$$size" -le $$((6 * 1024 * 1024)) ] || { echo "bin/cri-vz-agent-$$arch has $$size bytes, more than 6 MiB" >&2; exit 1; }; \
+	done
+
+guest: build agent ## kernel and initramfs of the VMs, in the user's cache
+	for arch in amd64 arm64; do bin/cri-vz guest build --arch $$arch --agent bin/cri-vz-agent-$$arch; done
+
+setup: ## install what building and testing needs; safe to repeat
+	$(SUDO) hack/setup
+
+demo: setup guest ## run an image from a docker-save tar in a VM, look at it, clean up
+	$(SUDO) hack/demo
+
+check: lint ## format, vet, lint, tidy, and builds for every host
+	@fmt=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$fmt" ] || { echo "not gofmt'ed: $$fmt" >&2; exit 1; }
+	go mod tidy -diff
+	for host in $(HOSTS); do \
+	  echo "build for $$host"; \
+	  GOOS=$${host%/*} GOARCH=$${host#*/} go build -o /dev/null ./cmd/cri-vz; \
+	  GOOS=$${host%/*} GOARCH=$${host#*/} go vet ./cmd/cri-vz/... ./cri/... ./sandbox/... ./imageservice/... ./guest/api/... ./guest/image/...; \
+	done
+	for arch in amd64 arm64; do GOOS=linux GOARCH=$$arch go vet ./...; done
+
+lint:
+	hack/lint
+
+test: setup guest test-unit test-vm ## what CI runs
+
+test-unit:
+	$(SUDO) env CGO_ENABLED=1 go test -race -timeout 10m $(UNIT_PACKAGES)
+
+test-vm:
+	$(SUDO) go test -p 1 -count 1 -timeout 15m -v $(VM_PACKAGES)
+
+test-long: test ## what does not fit into CI's 20 minutes: fuzzing, arm64, repeats
+	$(SUDO) hack/test-long
+
+bench: setup guest ## the figures, as ratios from one run
+	$(SUDO) hack/bench
+
+kernel: setup ## build the fast all-built-in kernel (some 15 minutes, cached)
+	hack/kernel/build
+
+clean:
+	rm -rf bin dist

@@ -1,0 +1,106 @@
+// Package command is the cri-vz command line: one file per command, parsed by
+// cobra. The daemon's clients speak gRPC to its socket and keep no state.
+package command
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"strconv"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"k8s.io/klog/v2"
+
+	"github.com/cri-vz/cri-vz/sandbox/shim"
+)
+
+// Version is set by the linker (-X); a build without it reports the module's.
+var Version = ""
+
+func version() string {
+	if Version != "" {
+		return Version
+	}
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "devel"
+}
+
+// exitCode is an error that is only an exit status: a command in a container
+// has said itself what was wrong.
+type exitCode int
+
+func (e exitCode) Error() string { return "exit status " + strconv.Itoa(int(e)) }
+
+// Main runs the command line and returns the process's exit status.
+func Main(args []string) int {
+	// The shim has no command line of its own to parse and must start fast.
+	if len(args) > 0 && args[0] == "shim" {
+		return shim.Main(args[1:])
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	root := newRoot(os.Stdout)
+	root.SetArgs(args)
+	err := root.ExecuteContext(ctx)
+	var code exitCode
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &code):
+		return int(code)
+	}
+	fmt.Fprintln(os.Stderr, "cri-vz:", message(err))
+	return 1
+}
+
+func newRoot(out io.Writer) *cobra.Command {
+	root := &cobra.Command{
+		Use:   "cri-vz",
+		Short: "A Kubernetes container runtime whose pods are virtual machines",
+		Long: `cri-vz runs Kubernetes pods as virtual machines and answers the interface that
+the kubelet and crictl speak (CRI v1).
+
+Start the daemon, then run an image as "docker save" writes it:
+
+  cri-vz guest build                       # once: kernel and initramfs of the VMs
+  cri-vz serve &
+  cri-vz run app.tar.gz -p 3000:3000       # Ctrl-C stops and removes it
+
+or use any CRI client:
+
+  crictl --runtime-endpoint unix:///run/cri-vz/cri-vz.sock pods`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          cobra.NoArgs,
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	root.SetOut(out)
+	c := &client{}
+	root.PersistentFlags().StringVar(&c.endpoint, "connect", defaultEndpoint(), "the daemon's socket (or $CRI_VZ_SOCKET)")
+	root.AddGroup(&cobra.Group{ID: "node", Title: "The node:"}, &cobra.Group{ID: "pods", Title: "Pods and images:"})
+	for _, cmd := range []*cobra.Command{newServe(), newGuest(), newConfig()} {
+		cmd.GroupID = "node"
+		root.AddCommand(cmd)
+	}
+	for _, cmd := range []*cobra.Command{newRun(c), newPs(c), newExec(c), newLogs(c), newConsole(c), newStop(c), newImage(c)} {
+		cmd.GroupID = "pods"
+		root.AddCommand(cmd)
+	}
+	root.AddCommand(newVersion(c))
+	return root
+}
+
+// setVerbosity gives klog the -v that a log level means.
+func setVerbosity(v int) error {
+	fs := flag.NewFlagSet("klog", flag.ContinueOnError)
+	klog.InitFlags(fs)
+	return fs.Set("v", strconv.Itoa(v))
+}

@@ -1,0 +1,226 @@
+package command
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"k8s.io/klog/v2"
+
+	"github.com/cri-vz/cri-vz/cmd/cri-vz/config"
+	"github.com/cri-vz/cri-vz/cri"
+	"github.com/cri-vz/cri-vz/guest/image"
+	"github.com/cri-vz/cri-vz/imageservice"
+	"github.com/cri-vz/cri-vz/sandbox"
+	"github.com/cri-vz/cri-vz/sandbox/network"
+	"github.com/cri-vz/cri-vz/sandbox/scratch"
+	"github.com/cri-vz/cri-vz/sandbox/shim"
+)
+
+func newServe() *cobra.Command {
+	var file string
+	var flags config.Flags
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "Run the daemon: the CRI on a unix socket",
+		Long: `Run the daemon. Pods live in processes of their own: they go on when the daemon
+stops or dies, and the next daemon finds them.
+
+The daemon says "ready" on standard error, and to systemd if that started it.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := config.Load(file, flags)
+			if err != nil {
+				return err
+			}
+			return serve(cmd.Context(), c)
+		},
+	}
+	cmd.Flags().StringVar(&file, "config", "", "configuration file (TOML; `cri-vz config default` prints one)")
+	cmd.Flags().StringVar(&flags.Root, "root", "", "where images and pods are kept")
+	cmd.Flags().StringVar(&flags.Run, "run", "", "where sockets are kept")
+	cmd.Flags().StringVar(&flags.Listen, "listen", "", "the CRI socket, unix://PATH")
+	cmd.Flags().StringVar(&flags.LogLevel, "log-level", "", "error, info, debug or trace")
+	return cmd
+}
+
+func serve(ctx context.Context, c *config.Config) (err error) {
+	level, err := c.Verbosity()
+	if err != nil {
+		return err
+	}
+	if err := setVerbosity(level); err != nil {
+		return err
+	}
+	defer klog.Flush()
+
+	guestDir := c.Guest.Dir
+	if guestDir == "" {
+		if guestDir, err = image.DefaultDir(); err != nil {
+			return err
+		}
+	}
+	// A node that can boot nothing must say so now, not at the first pod.
+	if _, err := image.Locate(guestDir, runtime.GOARCH); err != nil {
+		return err
+	}
+	for _, dir := range []string{c.Root, c.Run} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return fmt.Errorf("create %s: %w", dir, err)
+		}
+	}
+	// First the lock on the root: a second daemon must touch nothing.
+	images, err := imageservice.Open(imageservice.Config{
+		Root: filepath.Join(c.Root, "images"), RegistryConfigDir: c.Images.RegistryConfigDir, Arch: runtime.GOARCH,
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, images.Close()) }()
+	spool := filepath.Join(c.Root, "spool")
+	if err := os.MkdirAll(spool, 0o700); err != nil {
+		return fmt.Errorf("create %s: %w", spool, err)
+	}
+
+	subnet, err := netip.ParsePrefix(c.Network.BuiltinSubnet)
+	if err != nil {
+		return fmt.Errorf("network.builtin_subnet: %w", err)
+	}
+	pods, net, err := openPods(ctx, c, guestDir, subnet)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, pods.Close()) }()
+
+	handlers := make([]string, 0, len(c.VM.Class))
+	for name := range c.VM.Class {
+		handlers = append(handlers, name)
+	}
+	slices.Sort(handlers)
+	server, err := cri.New(cri.Options{
+		Pods:           pods,
+		Images:         images,
+		NetworkStatus:  net.Status,
+		ImageRoot:      filepath.Join(c.Root, "images"),
+		Spool:          spool,
+		Handlers:       handlers,
+		Version:        version(),
+		StreamAddress:  c.Streaming.Address,
+		LogRoot:        filepath.Join(c.Root, "logs"),
+		SystemdCgroups: systemdCgroups(c.Kubelet.CgroupDriver),
+	})
+	if err != nil {
+		return err
+	}
+	l, err := listenSocket(c.Socket())
+	if err != nil {
+		return err
+	}
+	klog.InfoS("cri-vz is ready", "version", version(), "listen", c.Listen, "root", c.Root, "guests", guestDir)
+	notifySystemd("READY=1")
+	err = server.Serve(ctx, l)
+	notifySystemd("STOPPING=1")
+	klog.InfoS("cri-vz stops; pods go on", "pods", len(pods.List()))
+	return err
+}
+
+func openPods(ctx context.Context, c *config.Config, guestDir string, subnet netip.Prefix) (*sandbox.Pods, *network.Network, error) {
+	nw, err := network.New(network.Config{
+		ConfDir:   c.Network.ConfDir,
+		BinDirs:   c.Network.BinDirs,
+		StateDir:  filepath.Join(c.Root, "network"),
+		RunDir:    filepath.Join(c.Run, "network"),
+		Subnets:   []netip.Prefix{subnet},
+		NodeNetns: c.Network.NodeNetns,
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	classes := map[string]sandbox.Class{"": class(c.VM.Default)}
+	for name, cl := range c.VM.Class {
+		classes[name] = class(cl)
+	}
+	pods, err := sandbox.Open(ctx, sandbox.Options{
+		Root: c.Root,
+		Run:  c.Run,
+		Driver: shim.Driver{
+			Name: c.VM.Driver, Accel: c.VM.Accel, CacheDir: filepath.Join(c.Root, "driver"), UID: c.VM.UID, GID: c.VM.GID,
+		},
+		Guest: func(arch string) (sandbox.Guest, error) {
+			g, err := image.Locate(guestDir, arch)
+			return sandbox.Guest{Arch: g.Arch, Kernel: g.KernelPath, Initrd: g.InitrdPath, Cmdline: g.Cmdline}, err
+		},
+		Scratch: scratch.CreateScratch,
+		Network: nw,
+		Boots:   c.VM.Boots,
+		Classes: classes,
+	})
+	return pods, nw, err
+}
+
+func class(c config.Class) sandbox.Class {
+	return sandbox.Class{CPUs: c.CPUs, MemoryBytes: c.MemoryMiB << 20}
+}
+
+// listenSocket opens the CRI socket for its owner alone. A socket that a dead
+// daemon left is replaced; one that somebody answers on is not.
+func listenSocket(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, fmt.Errorf("socket %s: %w", path, err)
+	}
+	if fi, err := os.Lstat(path); err == nil {
+		if fi.Mode().Type() != os.ModeSocket {
+			return nil, fmt.Errorf("socket %s: there is a file of that name that is no socket; remove it or use another --listen", path)
+		}
+		if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+			c.Close()
+			return nil, fmt.Errorf("socket %s: another daemon answers there; stop it or use another --listen", path)
+		}
+		if err := os.Remove(path); err != nil {
+			return nil, fmt.Errorf("socket %s: %w", path, err)
+		}
+	}
+	old := syscall.Umask(0o177)
+	l, err := net.Listen("unix", path)
+	syscall.Umask(old)
+	if err != nil {
+		return nil, fmt.Errorf("socket %s: %w", path, err)
+	}
+	return l, nil
+}
+
+// systemdCgroups is the answer of RuntimeConfig (T5).
+func systemdCgroups(driver string) bool {
+	if driver != "auto" {
+		return driver == "systemd"
+	}
+	_, err := os.Stat("/run/systemd/system")
+	return err == nil
+}
+
+// notifySystemd tells the service manager, if there is one (sd_notify(3)).
+func notifySystemd(state string) {
+	path := os.Getenv("NOTIFY_SOCKET")
+	if path == "" {
+		return
+	}
+	conn, err := net.Dial("unixgram", strings.Replace(path, "@", "\x00", 1))
+	if err != nil {
+		klog.ErrorS(err, "Notify the service manager")
+		return
+	}
+	defer conn.Close()
+	if _, err := conn.Write([]byte(state)); err != nil {
+		klog.ErrorS(err, "Notify the service manager")
+	}
+}

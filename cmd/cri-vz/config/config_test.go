@@ -1,0 +1,71 @@
+package config
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func write(t *testing.T, text string) string {
+	t.Helper()
+	p := filepath.Join(t.TempDir(), "config.toml")
+	if err := os.WriteFile(p, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func TestTheDocumentedDefaultIsAValidFile(t *testing.T) {
+	if _, err := Load(write(t, string(Default)), Flags{}); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestOverrides(t *testing.T) {
+	for _, tc := range []struct {
+		name, file           string
+		flags                Flags
+		wantRoot, wantListen string
+	}{
+		{"file", "root = '/a'\nrun = '/b'", Flags{}, "/a", "unix:///b/cri-vz.sock"},
+		{"file with listen", "run = '/b'\nlisten = 'unix:///c/s'", Flags{Root: "/r"}, "/r", "unix:///c/s"},
+		{"flags win", "root = '/a'\nrun = '/b'", Flags{Root: "/r", Run: "/x"}, "/r", "unix:///x/cri-vz.sock"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c, err := Load(write(t, tc.file), tc.flags)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c.Root != tc.wantRoot || c.Listen != tc.wantListen {
+				t.Errorf("root %q, listen %q", c.Root, c.Listen)
+			}
+		})
+	}
+}
+
+func TestBadConfigurationsAreNamed(t *testing.T) {
+	for _, tc := range []struct{ name, file, want string }{
+		{"unknown key", "[vm]\nacel = 'kvm'", "vm.acel (line 2)"},
+		{"unknown section", "[virtual]\nx = 1", "virtual"},
+		{"type", "root = 7", "line 1"},
+		{"syntax", "root = ", "line 1"},
+		{"relative root", "root = 'var'", "root:"},
+		{"tcp socket", "listen = 'tcp://1.2.3.4:5'", "listen:"},
+		{"long socket (T14)", "listen = 'unix:///" + strings.Repeat("x", 120) + "'", "at most 103 bytes"},
+		{"accelerator", "[vm]\naccel = 'fast'", "vm.accel"},
+		{"driver", "[vm]\ndriver = 'xen'", "vm.driver"},
+		{"class", "[vm.class.tiny]\ncpus = 1\nmemory_mib = 1", "vm.class.tiny"},
+		{"log level", "log_level = 'loud'", "log_level"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			_, err := Load(write(t, tc.file), Flags{})
+			if err == nil || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("error %v does not name %q", err, tc.want)
+			}
+		})
+	}
+	if _, err := Load(filepath.Join(t.TempDir(), "missing.toml"), Flags{}); err == nil {
+		t.Error("a missing file is not an error")
+	}
+}

@@ -1,0 +1,288 @@
+package cri
+
+import (
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+var testImage = &v1.ConfigFile{Config: v1.Config{
+	Entrypoint: []string{"/entry", "-e"}, Cmd: []string{"cmd"}, Env: []string{"A=image", "B=image"}, WorkingDir: "/srv",
+	User: "www-data", StopSignal: "SIGQUIT",
+}}
+
+// container is a config with the least that CreateContainer needs, changed by edit.
+func container(edit func(*runtimeapi.ContainerConfig)) *runtimeapi.ContainerConfig {
+	c := &runtimeapi.ContainerConfig{
+		Metadata: &runtimeapi.ContainerMetadata{Name: "c"},
+		Linux:    &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{}, Resources: &runtimeapi.LinuxContainerResources{}},
+	}
+	if edit != nil {
+		edit(c)
+	}
+	return c
+}
+
+func mustTranslate(t *testing.T, c *runtimeapi.ContainerConfig) *translation {
+	t.Helper()
+	tr, err := translate(&runtimeapi.PodSandboxConfig{}, c, testImage)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tr
+}
+
+func TestCommandAndArguments(t *testing.T) {
+	for _, tc := range []struct {
+		name          string
+		command, args []string
+		want          []string
+	}{
+		{"image's own", nil, nil, []string{"/entry", "-e", "cmd"}},
+		{"args replace the image's command", nil, []string{"x"}, []string{"/entry", "-e", "x"}},
+		{"command replaces both", []string{"/c"}, nil, []string{"/c"}},
+		{"both given", []string{"/c"}, []string{"x"}, []string{"/c", "x"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			tr := mustTranslate(t, container(func(c *runtimeapi.ContainerConfig) { c.Command, c.Args = tc.command, tc.args }))
+			if !slices.Equal(tr.spec.Process.Args, tc.want) {
+				t.Errorf("args %q, want %q", tr.spec.Process.Args, tc.want)
+			}
+		})
+	}
+	if _, err := translate(&runtimeapi.PodSandboxConfig{}, container(nil), &v1.ConfigFile{}); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "config.command") {
+		t.Errorf("an image without a command: %v", err)
+	}
+}
+
+func TestEnvironmentAndDirectory(t *testing.T) {
+	p := mustTranslate(t, container(func(c *runtimeapi.ContainerConfig) {
+		c.Envs = []*runtimeapi.KeyValue{{Key: "B", Value: []byte("own")}, {Key: "C", Value: []byte("a=b\xff")}}
+		c.Tty = true
+	})).spec.Process
+	want := []string{defaultPath, "A=image", "B=own", "TERM=xterm", "C=a=b\xff"}
+	if !slices.Equal(p.Env, want) {
+		t.Errorf("env %q, want %q", p.Env, want)
+	}
+	if p.Cwd != "/srv" || !p.Terminal {
+		t.Errorf("cwd %q, terminal %v", p.Cwd, p.Terminal)
+	}
+}
+
+func TestCapabilities(t *testing.T) {
+	for _, tc := range []struct {
+		name               string
+		add, drop, ambient []string
+		privileged         bool
+		has, hasNot        []string
+	}{
+		{name: "default", has: []string{"CAP_NET_RAW"}, hasNot: []string{"CAP_NET_ADMIN"}},
+		{name: "add and drop", add: []string{"net_admin"}, drop: []string{"CAP_NET_RAW"}, has: []string{"CAP_NET_ADMIN"}, hasNot: []string{"CAP_NET_RAW"}},
+		{name: "drop all, add one", add: []string{"CHOWN"}, drop: []string{"ALL"}, has: []string{"CAP_CHOWN"}, hasNot: []string{"CAP_KILL"}},
+		{name: "add all, drop one", add: []string{"ALL"}, drop: []string{"CHOWN"}, has: []string{"CAP_SYS_ADMIN"}, hasNot: []string{"CAP_CHOWN"}},
+		{name: "privileged", privileged: true, has: []string{"CAP_SYS_ADMIN", "CAP_CHOWN"}},
+		{name: "ambient", ambient: []string{"NET_BIND_SERVICE"}, has: []string{"CAP_NET_BIND_SERVICE"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			caps := mustTranslate(t, container(func(c *runtimeapi.ContainerConfig) {
+				c.Linux.SecurityContext.Privileged = tc.privileged
+				c.Linux.SecurityContext.Capabilities = &runtimeapi.Capability{AddCapabilities: tc.add, DropCapabilities: tc.drop, AddAmbientCapabilities: tc.ambient}
+			})).spec.Process.Capabilities
+			for _, want := range tc.has {
+				if !slices.Contains(caps.Bounding, want) || !slices.Contains(caps.Effective, want) || !slices.Contains(caps.Permitted, want) {
+					t.Errorf("%s is missing", want)
+				}
+			}
+			for _, bad := range tc.hasNot {
+				if slices.Contains(caps.Bounding, bad) {
+					t.Errorf("%s is there", bad)
+				}
+			}
+			if len(caps.Ambient) != len(tc.ambient) || len(caps.Inheritable) != len(tc.ambient) {
+				t.Errorf("ambient %v, inheritable %v", caps.Ambient, caps.Inheritable)
+			}
+		})
+	}
+}
+
+func TestOwnMountsTakeThePlaceOfDefaults(t *testing.T) {
+	dir := t.TempDir()
+	link := filepath.Join(dir, "link")
+	target := filepath.Join(dir, "target")
+	if err := os.Mkdir(target, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(target, link); err != nil {
+		t.Fatal(err)
+	}
+	tr := mustTranslate(t, container(func(c *runtimeapi.ContainerConfig) {
+		c.Mounts = []*runtimeapi.Mount{
+			{ContainerPath: "/data/deep", HostPath: link, Readonly: true},
+			{ContainerPath: "/data", HostPath: dir, Propagation: runtimeapi.MountPropagation_PROPAGATION_HOST_TO_CONTAINER},
+			{ContainerPath: "/dev/shm", HostPath: dir},
+		}
+	}))
+	var dests []string
+	byDest := map[string]specs.Mount{}
+	for _, m := range tr.spec.Mounts {
+		dests = append(dests, m.Destination)
+		byDest[m.Destination] = m
+	}
+	if slices.Index(dests, "/data") > slices.Index(dests, "/data/deep") {
+		t.Errorf("a parent is mounted after its child: %v", dests)
+	}
+	if m := byDest["/dev/shm"]; m.Source != "volume://v2" {
+		t.Errorf("/dev/shm is %+v", m)
+	}
+	if v := tr.volumes[0]; v.GetHostPath() != target || !v.GetReadOnly() {
+		t.Errorf("a symbolic link was not followed on the host (T29): %v", v)
+	}
+	if v := tr.volumes[1]; !v.GetHostToContainer() || v.GetReadOnly() {
+		t.Errorf("propagation: %v", v)
+	}
+}
+
+// T29, T37, T39, T40: what can't be honoured is refused, and the error names the field.
+func TestRefusedFields(t *testing.T) {
+	dir := t.TempDir()
+	sock := filepath.Join(dir, "s")
+	l, err := net.Listen("unix", sock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	mount := func(m *runtimeapi.Mount) func(*runtimeapi.ContainerConfig) {
+		return func(c *runtimeapi.ContainerConfig) { c.Mounts = []*runtimeapi.Mount{m} }
+	}
+	security := func(edit func(*runtimeapi.LinuxContainerSecurityContext)) func(*runtimeapi.ContainerConfig) {
+		return func(c *runtimeapi.ContainerConfig) { edit(c.Linux.SecurityContext) }
+	}
+	namespaces := func(o *runtimeapi.NamespaceOption) func(*runtimeapi.ContainerConfig) {
+		return security(func(s *runtimeapi.LinuxContainerSecurityContext) { s.NamespaceOptions = o })
+	}
+	for _, tc := range []struct {
+		field string
+		edit  func(*runtimeapi.ContainerConfig)
+	}{
+		{"namespace_options.network", namespaces(&runtimeapi.NamespaceOption{Network: runtimeapi.NamespaceMode_NODE})},
+		{"namespace_options.ipc", namespaces(&runtimeapi.NamespaceOption{Ipc: runtimeapi.NamespaceMode_NODE})},
+		{"namespace_options.pid", namespaces(&runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_NODE})},
+		{"namespace_options.pid", namespaces(&runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_TARGET})},
+		{"namespace_options.pid", namespaces(&runtimeapi.NamespaceOption{Pid: 77})},
+		{"userns_options", namespaces(&runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_POD}})},
+		{"mounts[0].propagation", mount(&runtimeapi.Mount{ContainerPath: "/x", HostPath: dir, Propagation: runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL})},
+		{"mounts[0].host_path", mount(&runtimeapi.Mount{ContainerPath: "/x", HostPath: filepath.Join(dir, "missing")})},
+		{"mounts[0].host_path", mount(&runtimeapi.Mount{ContainerPath: "/x", HostPath: sock})},
+		{"mounts[0].host_path", mount(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/dev/null"})},
+		{"mounts[0].host_path", mount(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "relative"})},
+		{"mounts[0].container_path", mount(&runtimeapi.Mount{ContainerPath: "x", HostPath: dir})},
+		{"mounts[0].container_path", mount(&runtimeapi.Mount{ContainerPath: "/x/..", HostPath: dir})},
+		{"mounts[0].recursive_read_only", mount(&runtimeapi.Mount{ContainerPath: "/x", HostPath: dir, RecursiveReadOnly: true})},
+		{"mounts[0].mount_options", mount(&runtimeapi.Mount{ContainerPath: "/x", HostPath: dir, MountOptions: []string{"suid"}})},
+		{"mounts[0].image", mount(&runtimeapi.Mount{ContainerPath: "/x", Image: &runtimeapi.ImageSpec{Image: "i"}})},
+		{"devices[0].host_path", func(c *runtimeapi.ContainerConfig) {
+			c.Devices = []*runtimeapi.Device{{HostPath: "/dev/sda", ContainerPath: "/dev/sda"}}
+		}},
+		{"CDI_devices", func(c *runtimeapi.ContainerConfig) { c.CDIDevices = []*runtimeapi.CDIDevice{{Name: "x"}} }},
+		{"capabilities", security(func(s *runtimeapi.LinuxContainerSecurityContext) {
+			s.Capabilities = &runtimeapi.Capability{AddCapabilities: []string{"FLY"}}
+		})},
+		{"apparmor", security(func(s *runtimeapi.LinuxContainerSecurityContext) {
+			s.Apparmor = &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_Localhost, LocalhostRef: "x"}
+		})},
+		{"selinux_options", security(func(s *runtimeapi.LinuxContainerSecurityContext) {
+			s.SelinuxOptions = &runtimeapi.SELinuxOption{Type: "x"}
+		})},
+		{"seccomp.localhost_ref", security(func(s *runtimeapi.LinuxContainerSecurityContext) {
+			s.Seccomp = &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_Localhost, LocalhostRef: "/missing.json"}
+		})},
+		{"run_as_group", security(func(s *runtimeapi.LinuxContainerSecurityContext) { s.RunAsGroup = &runtimeapi.Int64Value{Value: 5} })},
+		{"security_context", security(func(s *runtimeapi.LinuxContainerSecurityContext) { s.RunAsUser = &runtimeapi.Int64Value{Value: -1} })},
+		{"hugepage_limits", func(c *runtimeapi.ContainerConfig) {
+			c.Linux.Resources.HugepageLimits = []*runtimeapi.HugepageLimit{{PageSize: "2MB", Limit: 1}}
+		}},
+		{"oom_score_adj", func(c *runtimeapi.ContainerConfig) { c.Linux.Resources.OomScoreAdj = 5000 }},
+		{"envs", func(c *runtimeapi.ContainerConfig) { c.Envs = []*runtimeapi.KeyValue{{Key: "A=B"}} }},
+		{"working_dir", func(c *runtimeapi.ContainerConfig) { c.WorkingDir = "x" }},
+	} {
+		t.Run(tc.field, func(t *testing.T) {
+			_, err := translate(&runtimeapi.PodSandboxConfig{}, container(tc.edit), testImage)
+			if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), tc.field) {
+				t.Errorf("error %v does not refuse %s", err, tc.field)
+			}
+		})
+	}
+}
+
+func TestLogPathStaysInItsDirectory(t *testing.T) {
+	for path, want := range map[string]string{"a/0.log": "/logs/a/0.log", "": ""} {
+		if got, err := containerLogPath("/logs", path); err != nil || got != want {
+			t.Errorf("containerLogPath(%q) = %q, %v", path, got, err)
+		}
+	}
+	for _, path := range []string{"../x", "/etc/passwd", "a/../../x"} {
+		if _, err := containerLogPath("/logs", path); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("containerLogPath(%q): %v", path, err)
+		}
+	}
+}
+
+func TestStopSignals(t *testing.T) {
+	for s, want := range map[string]uint32{
+		"": 15, "SIGTERM": 15, "term": 15, "9": 9, "SIGRTMIN+3": 37, "RTMAX-1": 63, "SIGRTMINPLUS3": 37, "SIGRTMAXMINUS2": 62, "64": 64,
+	} {
+		if got, ok := parseSignal(s); !ok || got != want {
+			t.Errorf("parseSignal(%q) = %d, %v; want %d", s, got, ok, want)
+		}
+	}
+	for _, s := range []string{"0", "65", "-1", "SIGFOO", "SIGTERM+1", "RTMIN+99", "RTMAX+1", "RTMIN-1", "SIG"} {
+		if n, ok := parseSignal(s); ok {
+			t.Errorf("parseSignal(%q) = %d", s, n)
+		}
+	}
+	if tr := mustTranslate(t, container(nil)); tr.stopSignal != 3 {
+		t.Errorf("the image's signal: %d", tr.stopSignal)
+	}
+	tr := mustTranslate(t, container(func(c *runtimeapi.ContainerConfig) { c.StopSignal = runtimeapi.Signal_SIGNAL_SIGUSR1 }))
+	if tr.stopSignal != 10 {
+		t.Errorf("the request's signal: %d", tr.stopSignal)
+	}
+	// Every signal that the CRI can name must be known.
+	for _, name := range runtimeapi.Signal_name {
+		name = strings.TrimPrefix(name, "SIGNAL_")
+		if _, ok := parseSignal(name); !ok && name != "RUNTIME_DEFAULT" {
+			t.Errorf("signal %s of the CRI is unknown", name)
+		}
+	}
+}
+
+// T19: the cap drops the rest and reports no error.
+func TestExecSyncOutputIsCapped(t *testing.T) {
+	var c capped
+	chunk := make([]byte, 1<<20)
+	for range 20 {
+		if n, err := c.Write(chunk); n != len(chunk) || err != nil {
+			t.Fatal(n, err)
+		}
+	}
+	if c.Len() != maxExecSyncOutput {
+		t.Errorf("kept %d bytes", c.Len())
+	}
+}
+
+func FuzzParseSignal(f *testing.F) {
+	f.Add("SIGRTMIN+3")
+	f.Fuzz(func(t *testing.T, s string) {
+		if n, ok := parseSignal(s); ok && (n < 1 || n > 64) {
+			t.Errorf("parseSignal(%q) = %d", s, n)
+		}
+	})
+}

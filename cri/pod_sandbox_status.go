@@ -1,0 +1,66 @@
+package cri
+
+import (
+	"context"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cri-vz/cri-vz/sandbox"
+)
+
+// PodSandboxStatus implements the CRI call of that name.
+func (s *Server) PodSandboxStatus(_ context.Context, req *runtimeapi.PodSandboxStatusRequest) (*runtimeapi.PodSandboxStatusResponse, error) {
+	pod, err := s.Pods.Get(req.GetPodSandboxId())
+	if err != nil {
+		return nil, err
+	}
+	st, cfg := pod.Status(), pod.Config()
+	status := &runtimeapi.PodSandboxStatus{
+		Id:             pod.ID(),
+		Metadata:       cfg.GetMetadata(),
+		State:          podState(st),
+		CreatedAt:      st.CreatedAt,
+		Network:        &runtimeapi.PodSandboxNetworkStatus{},
+		Labels:         cfg.GetLabels(),
+		Annotations:    cfg.GetAnnotations(),
+		RuntimeHandler: pod.Handler(),
+		Linux: &runtimeapi.LinuxPodSandboxStatus{Namespaces: &runtimeapi.Namespace{
+			Options: namespaceOptions(cfg.GetLinux().GetSecurityContext().GetNamespaceOptions()),
+		}},
+	}
+	// A stopped sandbox has given its addresses back.
+	if st.Ready {
+		for i, ip := range st.IPs {
+			if i == 0 {
+				status.Network.Ip = ip.String()
+				continue
+			}
+			status.Network.AdditionalIps = append(status.Network.AdditionalIps, &runtimeapi.PodIP{Ip: ip.String()})
+		}
+	}
+	resp := &runtimeapi.PodSandboxStatusResponse{Status: status}
+	if req.GetVerbose() {
+		steps := make([]stepInfo, 0, len(st.Steps))
+		for _, step := range st.Steps {
+			steps = append(steps, stepInfo{Name: step.Name, Milliseconds: float64(step.Nanos) / 1e6})
+		}
+		if resp.Info, err = verboseInfo(podInfo{Reason: st.Reason, Console: pod.ConsolePath(), Steps: steps}); err != nil {
+			return nil, err
+		}
+	}
+	return resp, nil
+}
+
+func podState(st sandbox.PodStatus) runtimeapi.PodSandboxState {
+	if st.Ready {
+		return runtimeapi.PodSandboxState_SANDBOX_READY
+	}
+	return runtimeapi.PodSandboxState_SANDBOX_NOTREADY
+}
+
+func namespaceOptions(o *runtimeapi.NamespaceOption) *runtimeapi.NamespaceOption {
+	if o == nil {
+		return &runtimeapi.NamespaceOption{}
+	}
+	return o
+}
