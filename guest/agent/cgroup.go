@@ -34,12 +34,15 @@ func enableControllers(dir string) error {
 	if err != nil {
 		return err
 	}
+	var enable []string
 	for _, c := range strings.Fields(string(have)) {
 		if slices.Contains(controllers, c) {
-			if err := os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+"+c), 0); err != nil {
-				return fmt.Errorf("enable controller %s: %w", c, err)
-			}
+			enable = append(enable, "+"+c)
 		}
+	}
+	// In one write: each costs the kernel a grace period.
+	if err := os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte(strings.Join(enable, " ")), 0); err != nil {
+		return fmt.Errorf("enable controllers %v: %w", enable, err)
 	}
 	return nil
 }

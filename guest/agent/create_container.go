@@ -116,7 +116,14 @@ func (a *Agent) create(c *ctr, sb *sandbox, r *api.CreateContainerRequest) error
 		// Else it would inherit pod-init's, which the OOM killer spares (T25).
 		spec.Process.OOMScoreAdj = new(int)
 	}
+	rules, err := deviceRules(spec.Linux.Resources, spec.Linux.Devices, a.scratch.number())
+	if err != nil {
+		return err
+	}
 	if err := c.cgroup.create(spec.Linux.Resources); err != nil {
+		return err
+	}
+	if err := c.cgroup.allowDevices(rules); err != nil {
 		return err
 	}
 	spec.Process.Terminal = r.Tty

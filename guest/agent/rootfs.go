@@ -28,6 +28,15 @@ type writable struct {
 	project uint32
 }
 
+// number is the device's, 0 if it isn't a disk of its own.
+func (s *scratch) number() uint64 {
+	var st unix.Stat_t
+	if s.device == "" || unix.Stat(s.device, &st) != nil {
+		return 0
+	}
+	return uint64(st.Rdev)
+}
+
 // makeWritable makes directory n, which counts containers and is also its
 // quota project. T15: usage is then exact and cheap to ask for.
 func (s *scratch) makeWritable(n int) (*writable, error) {

@@ -139,18 +139,31 @@ func (a *Agent) launch(ctx context.Context, sb *sandbox, p *process, cg cgroup, 
 	if err == nil {
 		return nil
 	}
-	if e := p.signal(unix.SIGKILL); e != nil {
-		a.log.Printf("kill a process that failed to start: %v", e)
-	}
 	var report *container.Error
 	if errors.As(err, &report) {
 		err = reportError(report)
+		// It is about to end by itself, with an exit code that says why.
+		if wait(p.exited, time.Second) {
+			return err
+		}
 	}
-	select {
-	case <-p.exited:
-	case <-time.After(5 * time.Second):
+	if e := p.signal(unix.SIGKILL); e != nil {
+		a.log.Printf("kill a process that failed to start: %v", e)
 	}
+	wait(p.exited, 5*time.Second)
 	return err
+}
+
+// wait reports whether c was closed within d.
+func wait(c <-chan struct{}, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-c:
+		return true
+	case <-t.C:
+		return false
+	}
 }
 
 // reportError gives the report of container-init the class that the host needs.

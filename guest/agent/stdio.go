@@ -221,6 +221,9 @@ func (e *endpoint) drain(exited time.Time, stop <-chan struct{}) {
 		e.mu.Lock()
 		attached := e.attached != nil
 		e.mu.Unlock()
+		if !attached && e.empty() {
+			return // nobody can miss an end of file alone
+		}
 		last := time.Unix(0, max(e.moved.Load(), exited.UnixNano()))
 		until := last.Add(drainIdle)
 		if !attached {
@@ -244,6 +247,22 @@ func (e *endpoint) drain(exited time.Time, stop <-chan struct{}) {
 		case <-t.C:
 		}
 	}
+}
+
+// empty says that all writers are gone and have left nothing in the pipe. Only
+// for an endpoint without a stream.
+func (e *endpoint) empty() bool {
+	c, err := e.f.SyscallConn()
+	if err != nil {
+		return true // closed
+	}
+	nothing := true
+	err = c.Control(func(fd uintptr) {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, err := unix.Poll(p, 0)
+		nothing = err == nil && n == 1 && p[0].Revents&unix.POLLIN == 0 && p[0].Revents&unix.POLLHUP != 0
+	})
+	return err != nil || nothing
 }
 
 // past is a deadline that ends whatever is blocked.

@@ -369,6 +369,20 @@ func (v *vm) stream(h api.Header) (*api.Stream, error) {
 	return api.Open(conn, h)
 }
 
+// first reads until want has come, bounded by the stream's deadline.
+func (v *vm) first(s *api.Stream, want string) {
+	v.t.Helper()
+	var got []byte
+	buf := make([]byte, 1024)
+	for !strings.Contains(string(got), want) {
+		n, err := s.Read(buf)
+		got = append(got, buf[:n]...)
+		if err != nil {
+			v.t.Fatalf("stream ended before %q: %q: %v", want, got, err)
+		}
+	}
+}
+
 // output is what a process writes to one of its streams.
 func (v *vm) output(k api.Kind, id, exec string) func() string {
 	v.t.Helper()
