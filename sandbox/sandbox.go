@@ -52,6 +52,8 @@ type Options struct {
 	// CgroupRoot is the cgroup, relative to each hierarchy's mount point, below
 	// which pods without a cgroup_parent run. Empty: "cri-vz".
 	CgroupRoot string
+	// Timeouts of the shims' waits; zero fields are the defaults.
+	Timeouts shim.Timeouts
 }
 
 // Class is the size of a runtime handler's virtual machines.

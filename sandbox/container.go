@@ -1,0 +1,370 @@
+package sandbox
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"k8s.io/klog/v2"
+
+	guestapi "github.com/cri-vz/cri-vz/guest/api"
+	"github.com/cri-vz/cri-vz/sandbox/shim"
+	shimapi "github.com/cri-vz/cri-vz/sandbox/shim/api"
+)
+
+// Container is one container of a pod. Its methods may be called concurrently.
+type Container struct {
+	pod   *Pod
+	id    string
+	dir   string
+	rec   *containerRecord
+	execs atomic.Uint64
+
+	// op is held by the one call that creates or removes it.
+	op chan struct{}
+
+	state   *shimapi.ContainerState // guarded by pod.mu; never nil
+	removed bool                    // guarded by pod.mu
+}
+
+func newContainer(p *Pod, rec *containerRecord) *Container {
+	return &Container{
+		pod: p, id: rec.ID, dir: filepath.Join(p.dir, shim.ContainersDir, rec.ID), rec: rec,
+		op:    make(chan struct{}, 1),
+		state: &shimapi.ContainerState{Id: rec.ID, CreatedAt: rec.CreatedAt},
+	}
+}
+
+// ID is the container's id.
+func (c *Container) ID() string { return c.id }
+
+// Pod is the container's pod sandbox.
+func (c *Container) Pod() *Pod { return c.pod }
+
+// Config is what CreateContainer was given. It is not to be changed.
+func (c *Container) Config() *runtimeapi.ContainerConfig { return c.rec.config }
+
+// ImageID is what CreateContainer was given.
+func (c *Container) ImageID() string { return c.rec.ImageID }
+
+// ImageRef is what CreateContainer was given.
+func (c *Container) ImageRef() string { return c.rec.ImageRef }
+
+// Status is a snapshot of the container.
+func (c *Container) Status() ContainerStatus {
+	s := c.last()
+	return ContainerStatus{
+		Phase: s.GetPhase(), CreatedAt: c.rec.CreatedAt, StartedAt: s.GetStartedAt(), FinishedAt: s.GetFinishedAt(),
+		ExitCode: s.GetExitCode(), Reason: s.GetReason(), Message: s.GetMessage(), User: s.GetUser(),
+		LogPath: c.rec.LogPath, LogLinesDropped: s.GetLogLinesDropped(),
+	}
+}
+
+// last is a copy of the last state known.
+func (c *Container) last() *shimapi.ContainerState {
+	c.pod.mu.Lock()
+	defer c.pod.mu.Unlock()
+	return proto.CloneOf(c.state)
+}
+
+// update takes over what an answer of the shim said of the container.
+func (c *Container) update(s *shimapi.ContainerState) {
+	c.pod.mu.Lock()
+	defer c.pod.mu.Unlock()
+	c.updateLocked(s)
+}
+
+// updateLocked never goes back: not to an older revision, and not from exited.
+func (c *Container) updateLocked(s *shimapi.ContainerState) {
+	if s != nil && s.GetRevision() >= c.state.GetRevision() && s.GetPhase() >= c.state.GetPhase() {
+		c.state = s
+	}
+}
+
+// CreateContainer makes a container in a ready pod. A name that is taken is
+// errdefs.ErrAlreadyExists and names the holder. After an error nothing of the
+// container is left.
+func (p *Pod) CreateContainer(ctx context.Context, cc CreateContainer) (_ *Container, err error) {
+	meta := cc.Config.GetMetadata()
+	if meta.GetName() == "" {
+		return nil, fmt.Errorf("create container: its metadata has no name: %w", errdefs.ErrInvalidArgument)
+	}
+	p.mu.Lock()
+	isReady, reason := p.readyLocked(), p.reasonLocked()
+	p.mu.Unlock()
+	if !isReady {
+		return nil, fmt.Errorf("create container %s: pod sandbox %s is not ready: %s: %w", meta.GetName(), p.id, reason, errdefs.ErrFailedPrecondition)
+	}
+	client, err := p.shimClient()
+	if err != nil {
+		return nil, err
+	}
+	id, err := p.pods.reserveContainer(p.id, meta)
+	if err != nil {
+		return nil, err
+	}
+	c := newContainer(p, &containerRecord{
+		ID: id, Creating: true, config: proto.CloneOf(cc.Config),
+		ImageID: cc.ImageID, ImageRef: cc.ImageRef, LogPath: cc.LogPath, Signal: cc.StopSignal,
+		CreatedAt: time.Now().UnixNano(),
+	})
+	defer func() {
+		if err != nil {
+			if rerr := os.RemoveAll(c.dir); rerr != nil {
+				klog.ErrorS(rerr, "Undoing a failed create", "pod", p.id, "container", id)
+			}
+			p.pods.unreserveContainer(p.id, meta)
+			err = fmt.Errorf("create container %s: %w", meta.GetName(), err)
+		}
+	}()
+	if err := os.MkdirAll(c.dir, 0o700); err != nil {
+		return nil, err
+	}
+	if err := c.rec.write(c.dir); err != nil {
+		return nil, err
+	}
+	req, err := c.request(&cc)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := ask(ctx, client.CreateContainer, req)
+	if err != nil {
+		// The shim undoes a create whose caller went away, but the answer may
+		// have been on its way.
+		uctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+		defer cancel()
+		if _, rerr := ask(uctx, client.RemoveContainer, &shimapi.RemoveContainerRequest{Id: id}); rerr != nil {
+			klog.ErrorS(rerr, "Undoing a failed create", "pod", p.id, "container", id)
+		}
+		return nil, err
+	}
+	c.state = resp.GetState()
+	c.rec.Creating = false
+	if err := c.rec.write(c.dir); err != nil {
+		uctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+		defer cancel()
+		_, _ = ask(uctx, client.RemoveContainer, &shimapi.RemoveContainerRequest{Id: id})
+		return nil, err
+	}
+	p.mu.Lock()
+	p.ctrs[id] = c
+	for _, cs := range p.state.GetContainers() {
+		if cs.GetId() == id {
+			c.updateLocked(cs)
+		}
+	}
+	p.mu.Unlock()
+	p.pods.mu.Lock()
+	p.pods.containers[id] = c
+	p.pods.mu.Unlock()
+	return c, nil
+}
+
+// request is what the shim gets: layers linked, volumes under names that are the
+// pod's.
+func (c *Container) request(cc *CreateContainer) (*shimapi.CreateContainerRequest, error) {
+	var layers []string
+	if cc.Layers != nil {
+		var err error
+		if layers, err = cc.Layers(filepath.Join(c.pod.dir, shim.LayersDir)); err != nil {
+			return nil, fmt.Errorf("layers: %w", err)
+		}
+	}
+	if cc.Spec == nil {
+		return nil, fmt.Errorf("no spec: %w", errdefs.ErrInvalidArgument)
+	}
+	prefix := c.id[:shortID] + "-"
+	names := make(map[string]bool)
+	var volumes []*shimapi.Volume
+	for _, v := range cc.Volumes {
+		if names[v.GetName()] {
+			return nil, fmt.Errorf("two volumes are named %q: %w", v.GetName(), errdefs.ErrInvalidArgument)
+		}
+		names[v.GetName()] = true
+		v = proto.CloneOf(v)
+		v.Name = prefix + v.GetName()
+		volumes = append(volumes, v)
+	}
+	spec := *cc.Spec
+	spec.Mounts = append([]specs.Mount(nil), spec.Mounts...)
+	for i, m := range spec.Mounts {
+		if name, ok := strings.CutPrefix(m.Source, guestapi.VolumeScheme); ok {
+			if !names[name] {
+				return nil, fmt.Errorf("mount %s is of volume %q, which is not among the volumes: %w", m.Destination, name, errdefs.ErrInvalidArgument)
+			}
+			spec.Mounts[i].Source = guestapi.VolumeScheme + prefix + name
+		}
+	}
+	b, err := json.Marshal(&spec)
+	if err != nil {
+		return nil, fmt.Errorf("spec: %w", err)
+	}
+	return &shimapi.CreateContainerRequest{
+		Container: &guestapi.CreateContainerRequest{
+			Id: c.id, Spec: b, Layers: layers, User: cc.User,
+			PidMode: cc.PidMode, PidTarget: cc.PidTarget,
+			Stdin: cc.Stdin, StdinOnce: cc.StdinOnce, Tty: cc.TTY,
+		},
+		Volumes: volumes, LogPath: cc.LogPath, Tty: cc.TTY,
+	}, nil
+}
+
+func (p *Pods) reserveContainer(pod string, meta *runtimeapi.ContainerMetadata) (string, error) {
+	key := containerKey(pod, meta)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return "", errClosed
+	}
+	if holder, ok := p.ctrNames[key]; ok {
+		return "", fmt.Errorf("container name %s (attempt %d) in pod %s is reserved by container %s: %w", meta.GetName(), meta.GetAttempt(), pod, holder, errdefs.ErrAlreadyExists)
+	}
+	id := newID(func(string) bool { return false })
+	p.ctrNames[key] = id
+	return id, nil
+}
+
+func (p *Pods) unreserveContainer(pod string, meta *runtimeapi.ContainerMetadata) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.ctrNames, containerKey(pod, meta))
+}
+
+// Start runs the created container's process. An error of the guest's, a missing
+// command for one, ends the container with reason StartError.
+func (c *Container) Start(ctx context.Context) error {
+	client, err := c.pod.shimClient()
+	if err != nil {
+		return fmt.Errorf("start container %s: %w", c.id, err)
+	}
+	state, err := ask(ctx, client.StartContainer, &shimapi.StartContainerRequest{Id: c.id})
+	if err != nil {
+		return fmt.Errorf("start container %s: %w", c.id, err)
+	}
+	c.update(state)
+	return nil
+}
+
+// Stop ends the container's process: its stop signal, the grace period, SIGKILL.
+// Past grace + 2 s the pod's VM is killed (T12), so Stop always stops. A
+// container that doesn't run is no error.
+func (c *Container) Stop(ctx context.Context, grace time.Duration) error {
+	if c.last().GetPhase() != shimapi.Phase_RUNNING {
+		return nil
+	}
+	client, err := c.pod.shimClient()
+	if err != nil {
+		return c.awaitEnd(ctx) // the shim's death is its end, if not yet on record
+	}
+	state, err := ask(ctx, client.StopContainer, &shimapi.StopContainerRequest{Id: c.id, GraceNanos: int64(grace), Signal: c.rec.Signal})
+	if err != nil {
+		if errdefs.IsUnavailable(err) {
+			return c.awaitEnd(ctx)
+		}
+		return fmt.Errorf("stop container %s: %w", c.id, err)
+	}
+	c.update(state)
+	return nil
+}
+
+// awaitEnd waits until a container whose shim died is settled.
+func (c *Container) awaitEnd(ctx context.Context) error {
+	c.pod.mu.Lock()
+	lost := c.pod.lost
+	c.pod.mu.Unlock()
+	if lost != nil {
+		select {
+		case <-lost:
+		case <-ctx.Done():
+			return fmt.Errorf("stop container %s: waited for its shim's end: %w", c.id, ctx.Err())
+		}
+	}
+	return nil
+}
+
+// Remove removes the container, killing it if it runs. Calling it again is fine.
+func (c *Container) Remove(ctx context.Context) error {
+	select {
+	case c.op <- struct{}{}:
+		defer func() { <-c.op }()
+	case <-ctx.Done():
+		return fmt.Errorf("remove container %s: waited for another call on it to end: %w", c.id, ctx.Err())
+	}
+	c.pod.mu.Lock()
+	removed := c.removed
+	client := c.pod.client
+	c.pod.mu.Unlock()
+	if removed {
+		return nil
+	}
+	if client != nil {
+		if _, err := ask(ctx, client.RemoveContainer, &shimapi.RemoveContainerRequest{Id: c.id}); err != nil && !errdefs.IsUnavailable(err) {
+			return fmt.Errorf("remove container %s: %w", c.id, err)
+		}
+	}
+	if err := os.RemoveAll(c.dir); err != nil {
+		return fmt.Errorf("remove container %s: %w", c.id, err)
+	}
+	c.pod.mu.Lock()
+	c.removed = true
+	delete(c.pod.ctrs, c.id)
+	c.pod.mu.Unlock()
+	p := c.pod.pods
+	p.mu.Lock()
+	delete(p.containers, c.id)
+	delete(p.ctrNames, containerKey(c.pod.id, c.rec.config.GetMetadata()))
+	p.mu.Unlock()
+	return nil
+}
+
+// ReopenLog makes the shim open the log file anew, after a rotation.
+func (c *Container) ReopenLog(ctx context.Context) error {
+	client, err := c.pod.shimClient()
+	if err != nil {
+		return fmt.Errorf("reopen log of container %s: %w", c.id, err)
+	}
+	if _, err := ask(ctx, client.ReopenLog, &shimapi.ReopenLogRequest{Id: c.id}); err != nil {
+		return fmt.Errorf("reopen log: %w", err)
+	}
+	return nil
+}
+
+// Resize sets the size of the container's terminal.
+func (c *Container) Resize(ctx context.Context, width, height uint32) error {
+	return c.resize(ctx, "", width, height)
+}
+
+func (c *Container) resize(ctx context.Context, exec string, width, height uint32) error {
+	client, err := c.pod.shimClient()
+	if err != nil {
+		return err
+	}
+	_, err = ask(ctx, client.ResizePty, &guestapi.ResizePtyRequest{Id: c.id, ExecId: exec, Width: width, Height: height})
+	return err
+}
+
+// Update changes the container's cgroup limits, all or none; zero fields stay
+// as they are.
+func (c *Container) Update(ctx context.Context, r *specs.LinuxResources) error {
+	client, err := c.pod.shimClient()
+	if err != nil {
+		return fmt.Errorf("update container %s: %w", c.id, err)
+	}
+	b, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("update container %s: %w", c.id, err)
+	}
+	if _, err := ask(ctx, client.UpdateContainer, &guestapi.UpdateContainerRequest{Id: c.id, Resources: b}); err != nil {
+		return fmt.Errorf("update container %s: %w", c.id, err)
+	}
+	return nil
+}

@@ -1,0 +1,327 @@
+package sandbox
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"k8s.io/klog/v2"
+
+	"github.com/cri-vz/cri-vz/sandbox/shim"
+	shimapi "github.com/cri-vz/cri-vz/sandbox/shim/api"
+)
+
+// Run makes a pod and returns when it is ready. It reserves the name
+// (errdefs.ErrAlreadyExists names the holder), then takes named steps. After an
+// error, which names the step, nothing of the pod is left; that holds when ctx
+// ends, too. What the host's memory can't hold is errdefs.ErrResourceExhausted.
+func (p *Pods) Run(ctx context.Context, cfg *runtimeapi.PodSandboxConfig, handler string) (*Pod, error) {
+	cfg = proto.CloneOf(cfg)
+	meta := cfg.GetMetadata()
+	if meta.GetName() == "" {
+		return nil, fmt.Errorf("run pod sandbox: its metadata has no name: %w", errdefs.ErrInvalidArgument)
+	}
+	class, ok := p.o.Classes[handler]
+	if !ok {
+		return nil, fmt.Errorf("run pod sandbox %s: there is no runtime handler %q: %w", meta.GetName(), handler, errdefs.ErrInvalidArgument)
+	}
+	size, err := sizeOf(class, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("run pod sandbox %s: %w", meta.GetName(), err)
+	}
+	if _, err := cgroupNames(p.o.CgroupRoot, cfg.GetLinux().GetCgroupParent(), "x"); err != nil {
+		return nil, fmt.Errorf("run pod sandbox %s: %w", meta.GetName(), err)
+	}
+	id, pr, err := p.reserve(meta)
+	if err != nil {
+		return nil, err
+	}
+	pod := newPod(p, &podRecord{ID: id, Phase: creating, Handler: handler, CreatedAt: time.Now().UnixNano(), config: cfg})
+	pod.progress = pr
+	err = p.start(ctx, pod, class, size)
+	last := Step{Name: "ready", Nanos: time.Now().UnixNano() - pod.createdAt, Last: true}
+	if err != nil {
+		last.Name, last.Error = "failed", err.Error()
+	}
+	pr.add(last)
+	p.endProgress(meta, pr)
+	if err != nil {
+		return nil, fmt.Errorf("run pod sandbox %s: %w", meta.GetName(), err)
+	}
+	return pod, nil
+}
+
+// start takes the steps. On error it has undone them.
+func (p *Pods) start(ctx context.Context, pod *Pod, class Class, size size) (err error) {
+	dir, run, rec := pod.dir, pod.run, pod.rec
+	cfg := rec.config
+	st := &starter{pod: pod.id, progress: pod.progress}
+	defer func() {
+		if err == nil {
+			return
+		}
+		if errs := st.undoAll(ctx); len(errs) > 0 {
+			// The record is still there, with the name: the next Open tries again.
+			err = fmt.Errorf("%w (and clean-up failed, the next start of the daemon tries again: %w)", err, errors.Join(errs...))
+			return
+		}
+		p.unreserve(cfg.GetMetadata())
+	}()
+
+	release, err := p.admit(size.memory)
+	if err != nil {
+		return err
+	}
+	defer release()
+
+	if err := st.step(ctx, "record", func(context.Context) error {
+		if err := os.MkdirAll(filepath.Join(dir, shim.LayersDir), 0o700); err != nil {
+			return err
+		}
+		for _, d := range []string{shim.VolumesDir, shim.ContainersDir} {
+			if err := os.Mkdir(filepath.Join(dir, d), 0o700); err != nil {
+				return err
+			}
+		}
+		if err := os.Mkdir(run, 0o700); err != nil {
+			return err
+		}
+		return rec.write(dir)
+	}, func(context.Context) error { return removeFiles(dir, run) }); err != nil {
+		return err
+	}
+
+	if err := st.step(ctx, "cgroup", func(context.Context) (err error) {
+		rec.Cgroups, err = makeCgroups(p.o.CgroupRoot, cfg.GetLinux().GetCgroupParent(), pod.id)
+		return err
+	}, func(ctx context.Context) error { return removeCgroups(ctx, rec.Cgroups) }); err != nil {
+		return err
+	}
+
+	if err := st.step(ctx, "network", func(ctx context.Context) (err error) {
+		rec.Network, err = p.o.Network.SetUp(ctx, networkPod(pod.id, cfg))
+		return err
+	}, func(ctx context.Context) error { return p.o.Network.TearDown(ctx, pod.id) }); err != nil {
+		return err
+	}
+
+	if err := st.step(ctx, "scratch disk", func(context.Context) error {
+		bytes := class.ScratchBytes
+		if bytes == 0 {
+			bytes = 64 << 30
+		}
+		return p.o.Scratch(filepath.Join(dir, shim.ScratchFile), bytes)
+	}, nil); err != nil {
+		return err
+	}
+
+	if err := st.step(ctx, "shim", func(ctx context.Context) error {
+		return p.startShim(ctx, pod, size)
+	}, func(ctx context.Context) error { return pod.killShim(ctx) }); err != nil {
+		return err
+	}
+
+	// Not a step of its own: the shim's steps are, and its error names one.
+	if err := p.boot(ctx, pod); err != nil {
+		return err
+	}
+
+	pod.mu.Lock()
+	rec.Phase = ready
+	rec.Steps = pod.progress.snapshot()
+	pod.mu.Unlock()
+	if err := rec.write(dir); err != nil {
+		return fmt.Errorf("record: %w", err)
+	}
+	p.mu.Lock()
+	p.pods[pod.id] = pod
+	closed := p.closed
+	p.mu.Unlock()
+	if closed {
+		// The daemon ends just now, but the pod is there for the next one.
+		klog.InfoS("Pod became ready while the daemon shut down", "pod", pod.id)
+	}
+	return nil
+}
+
+// admit checks that the host has the memory for one more VM, counting those
+// that are being started (T4). release is for when the VM has what it touches.
+func (p *Pods) admit(bytes int64) (release func(), err error) {
+	available, err := availableMemory()
+	if err != nil {
+		return nil, fmt.Errorf("admission: %w", err)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if free := available - p.booting; bytes > free {
+		return nil, fmt.Errorf("admission: the VM needs %d MiB of memory and the host has %d MiB available: %w", bytes>>20, max(free, 0)>>20, errdefs.ErrResourceExhausted)
+	}
+	p.booting += bytes
+	return func() {
+		p.mu.Lock()
+		p.booting -= bytes
+		p.mu.Unlock()
+	}, nil
+}
+
+// startShim runs the pod's shim and connects to it.
+func (p *Pods) startShim(ctx context.Context, pod *Pod, size size) error {
+	guest, err := p.o.Guest(runtime.GOARCH)
+	if err != nil {
+		return fmt.Errorf("guest image: %w", err)
+	}
+	if guest.Arch == "" {
+		guest.Arch = runtime.GOARCH
+	}
+	rec := pod.rec
+	c := shim.Config{
+		ID: pod.id, PodDir: pod.dir, RunDir: pod.run, Driver: p.o.Driver,
+		Arch: guest.Arch, Kernel: guest.Kernel, Initrd: guest.Initrd, Cmdline: guest.Cmdline,
+		CPUs: size.cpus, MemoryBytes: size.memory,
+		Cgroups: rec.Cgroups, Timeouts: p.o.Timeouts,
+	}
+	var inherit []*os.File
+	defer func() {
+		for _, f := range inherit {
+			f.Close()
+		}
+	}()
+	if n := rec.Network; n != nil && n.MAC != "" {
+		tap, err := p.o.Network.OpenTap(pod.id)
+		if err != nil {
+			return fmt.Errorf("open tap: %w", err)
+		}
+		if tap != nil {
+			inherit = append(inherit, tap)
+			c.TapFD = 2 + len(inherit)
+		}
+		c.MAC, c.MTU = n.MAC, n.MTU
+	}
+	if mounts, err := hostMounts(); err != nil {
+		return fmt.Errorf("mount namespace: %w", err)
+	} else if mounts != nil {
+		inherit = append(inherit, mounts)
+		c.HostMountFD = 2 + len(inherit)
+	}
+	if err := c.Write(); err != nil {
+		return err
+	}
+	logFile, err := os.OpenFile(filepath.Join(pod.dir, shim.LogFile), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	defer logFile.Close()
+	cmd := exec.Command(p.o.ShimCommand[0], append(p.o.ShimCommand[1:len(p.o.ShimCommand):len(p.o.ShimCommand)], pod.dir)...)
+	cmd.Dir = "/"
+	cmd.Stdout, cmd.Stderr = logFile, logFile
+	cmd.ExtraFiles = inherit
+	if err := startProcess(cmd); err != nil {
+		return fmt.Errorf("start %s: %w", p.o.ShimCommand[0], err)
+	}
+	exited := make(chan struct{})
+	// Not one of p.tasks: the shim outlives the daemon's Close.
+	go func() {
+		_ = cmd.Wait()
+		close(exited)
+	}()
+	start, _, err := startTime(cmd.Process.Pid)
+	if err == nil {
+		pod.mu.Lock()
+		rec.Shim = process{PID: cmd.Process.Pid, Start: start}
+		pod.mu.Unlock()
+		err = rec.write(pod.dir)
+	}
+	if err != nil {
+		_ = cmd.Process.Kill()
+		<-exited
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, shimStart)
+	defer cancel()
+	for {
+		client, state, err := connect(ctx, pod.run)
+		if err == nil {
+			pod.attach(client, state)
+			return nil
+		}
+		select {
+		case <-exited:
+			return fmt.Errorf("the shim ended at once: %s", logTail(filepath.Join(pod.dir, shim.LogFile)))
+		case <-ctx.Done():
+			return fmt.Errorf("waited %v for the shim to serve its socket: %w (%v)", shimStart, ctx.Err(), err)
+		case <-time.After(3 * time.Millisecond):
+		}
+	}
+}
+
+// boot has the shim boot the VM; as many at one time as Options.Boots.
+func (p *Pods) boot(ctx context.Context, pod *Pod) error {
+	start := time.Now()
+	select {
+	case p.boots <- struct{}{}:
+		defer func() { <-p.boots }()
+	case <-ctx.Done():
+		return fmt.Errorf("vm start: waited %v for other boots to end: %w", time.Since(start).Round(time.Millisecond), ctx.Err())
+	case <-p.closing:
+		return fmt.Errorf("vm start: %w", errClosed)
+	}
+	if d := time.Since(start); d > 50*time.Millisecond {
+		pod.progress.add(Step{Name: "wait for other boots", Nanos: int64(d)})
+	}
+	setUp, err := sandboxSetUp(pod.rec.config, pod.rec.Network)
+	if err != nil {
+		return fmt.Errorf("sandbox set-up: %w", err)
+	}
+	client, err := pod.shimClient()
+	if err != nil {
+		return err
+	}
+	resp, err := ask(ctx, client.Boot, &shimapi.BootRequest{Sandbox: setUp})
+	if err != nil {
+		return fmt.Errorf("boot: %w", err)
+	}
+	pod.progress.addShim(resp.GetSteps())
+	return pod.refresh(ctx)
+}
+
+// logTail is the end of a shim's log, for an error.
+func logTail(path string) string {
+	b, err := os.ReadFile(path)
+	if err != nil || len(bytes.TrimSpace(b)) == 0 {
+		return "its log " + path + " is empty"
+	}
+	b = bytes.TrimSpace(b[max(0, len(b)-2048):])
+	return strings.ToValidUTF8(string(b), "?")
+}
+
+// removeFiles removes a pod's directories. The volumes directory is never
+// descended into: should anything be mounted there, it is somebody's data.
+func removeFiles(dir, run string) error {
+	volumes := filepath.Join(dir, shim.VolumesDir)
+	entries, err := os.ReadDir(volumes)
+	if err != nil && !os.IsNotExist(err) {
+		return err
+	}
+	for _, e := range entries {
+		if err := os.Remove(filepath.Join(volumes, e.Name())); err != nil {
+			return fmt.Errorf("remove mount point of a volume: %w", err)
+		}
+	}
+	if err := os.Remove(volumes); err != nil && !os.IsNotExist(err) {
+		return err
+	}
+	if err := os.RemoveAll(run); err != nil {
+		return err
+	}
+	return os.RemoveAll(dir)
+}

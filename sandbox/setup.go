@@ -1,0 +1,141 @@
+package sandbox
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+
+	"github.com/containerd/errdefs"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	guestapi "github.com/cri-vz/cri-vz/guest/api"
+	"github.com/cri-vz/cri-vz/sandbox/network"
+)
+
+// size is what a pod's VM gets.
+type size struct {
+	cpus   int
+	memory int64 // bytes, a multiple of 1 MiB
+}
+
+// sizeOf is the class's size or what the pod's limits need, whichever is more
+// (T4): kubelet's linux.resources sums only the containers that have limits.
+func sizeOf(c Class, cfg *runtimeapi.PodSandboxConfig) (size, error) {
+	const mib = 1 << 20
+	cpus, memory, reserve := max(c.CPUs, 1), c.MemoryBytes, c.ReserveBytes
+	if memory == 0 {
+		memory = 512 * mib
+	}
+	if reserve == 0 {
+		reserve = 64 * mib
+	}
+	res, over := cfg.GetLinux().GetResources(), cfg.GetLinux().GetOverhead()
+	limit := res.GetMemoryLimitInBytes()
+	if limit < 0 || limit > 1<<44 {
+		return size{}, fmt.Errorf("memory limit of %d bytes: %w", limit, errdefs.ErrInvalidArgument)
+	}
+	memory = max(memory, limit)
+	// The pod's overhead pays for what the VM itself needs, as far as it goes.
+	memory += max(reserve, min(over.GetMemoryLimitInBytes(), 1<<40))
+	if q, p := res.GetCpuQuota(), res.GetCpuPeriod(); q > 0 && p > 0 {
+		cpus = max(cpus, int(min((q+p-1)/p, 1024)))
+	}
+	return size{cpus: cpus, memory: (memory + mib - 1) / mib * mib}, nil
+}
+
+// sandboxSetUp is what the agent needs to know of the pod.
+func sandboxSetUp(cfg *runtimeapi.PodSandboxConfig, net *network.Result) (*guestapi.SetUpSandboxRequest, error) {
+	sec := cfg.GetLinux().GetSecurityContext()
+	ns := sec.GetNamespaceOptions()
+	req := &guestapi.SetUpSandboxRequest{
+		Hostname: cfg.GetHostname(),
+		PidMode:  guestapi.NamespaceMode(ns.GetPid()),
+		Sysctls:  cfg.GetLinux().GetSysctls(),
+	}
+	if req.Hostname == "" {
+		req.Hostname = cfg.GetMetadata().GetName()
+	}
+	// A hostname is a label of at most 63 characters; kubelet cuts so, too.
+	req.Hostname = req.Hostname[:min(len(req.Hostname), 63)]
+	if u := ns.GetUsernsOptions(); u.GetMode() == runtimeapi.NamespaceMode_POD {
+		for _, m := range u.GetUids() {
+			req.UidMappings = append(req.UidMappings, idMapping(m))
+		}
+		for _, m := range u.GetGids() {
+			req.GidMappings = append(req.GidMappings, idMapping(m))
+		}
+	}
+	if d := cfg.GetDnsConfig(); d != nil {
+		req.Dns = &guestapi.DNS{Servers: d.GetServers(), Searches: d.GetSearches(), Options: d.GetOptions()}
+	} else if host, err := network.HostResolvConf(); err == nil {
+		req.Dns = &guestapi.DNS{Servers: host.Servers, Searches: host.Searches, Options: host.Options}
+	} else if errdefs.IsNotFound(err) {
+		// A host without a usable name server still runs pods (T43).
+		req.Dns = &guestapi.DNS{Servers: host.Servers, Searches: host.Searches, Options: host.Options}
+	} else {
+		return nil, fmt.Errorf("the host's name servers: %w", err)
+	}
+	if net == nil {
+		return req, nil
+	}
+	iface := &guestapi.Interface{Name: net.Interface, Mac: net.MAC, Mtu: uint32(net.MTU)}
+	for _, a := range net.Addresses {
+		iface.Addresses = append(iface.Addresses, a.String())
+	}
+	req.Interfaces = []*guestapi.Interface{iface}
+	for _, r := range net.Routes {
+		route := &guestapi.Route{Interface: net.Interface, Metric: uint32(max(r.Metric, 0))}
+		if r.Destination.IsValid() {
+			route.Destination = r.Destination.String()
+		}
+		if r.Gateway.IsValid() {
+			route.Gateway = r.Gateway.String()
+		}
+		req.Routes = append(req.Routes, route)
+	}
+	if len(net.Addresses) > 0 {
+		req.HostAliases = []*guestapi.HostAlias{{Address: net.Addresses[0].Addr().String(), Names: []string{req.Hostname}}}
+	}
+	return req, nil
+}
+
+func idMapping(m *runtimeapi.IDMapping) *guestapi.IDMapping {
+	return &guestapi.IDMapping{ContainerId: m.GetContainerId(), HostId: m.GetHostId(), Length: m.GetLength()}
+}
+
+// networkPod is what CNI is told.
+func networkPod(id string, cfg *runtimeapi.PodSandboxConfig) network.Pod {
+	m := cfg.GetMetadata()
+	p := network.Pod{ID: id, Name: m.GetName(), Namespace: m.GetNamespace(), UID: m.GetUid(), Annotations: cfg.GetAnnotations()}
+	for _, pm := range cfg.GetPortMappings() {
+		p.PortMappings = append(p.PortMappings, network.PortMapping{
+			HostPort: pm.GetHostPort(), ContainerPort: pm.GetContainerPort(), HostIP: pm.GetHostIp(),
+			Protocol: []string{"tcp", "udp", "sctp"}[min(max(int(pm.GetProtocol()), 0), 2)],
+		})
+	}
+	return p
+}
+
+// addresses of a pod, the pod IP first.
+func addresses(net *network.Result) []netip.Addr {
+	if net == nil {
+		return nil
+	}
+	var ips []netip.Addr
+	for _, a := range net.Addresses {
+		if ip := a.Addr(); !slices.Contains(ips, ip) {
+			ips = append(ips, ip)
+		}
+	}
+	return ips
+}
+
+// podKey is what makes a pod sandbox's name unique.
+func podKey(m *runtimeapi.PodSandboxMetadata) string {
+	return m.GetNamespace() + "/" + m.GetName() + "/" + m.GetUid() + "/" + strconv.FormatUint(uint64(m.GetAttempt()), 10)
+}
+
+func containerKey(pod string, m *runtimeapi.ContainerMetadata) string {
+	return pod + "/" + m.GetName() + "/" + strconv.FormatUint(uint64(m.GetAttempt()), 10)
+}
