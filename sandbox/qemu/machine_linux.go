@@ -492,12 +492,9 @@ func (m *machine) event(e qmpEvent) {
 		m.mu.Unlock()
 	case "BLOCK_IO_ERROR": // T9
 		var data struct {
-			QDev      string `json:"qom-path"`
-			Device    string `json:"device"`
 			Node      string `json:"node-name"`
 			Operation string `json:"operation"`
 			Reason    string `json:"reason"`
-			NoSpace   bool   `json:"nospace"`
 		}
 		if err := json.Unmarshal(e.Data, &data); err != nil {
 			klog.ErrorS(err, "Unexpected event of QEMU", "machine", m.config.ID, "event", e.Name)
@@ -513,7 +510,7 @@ func (m *machine) event(e qmpEvent) {
 		m.mu.Unlock()
 		if first {
 			klog.ErrorS(errors.New(data.Reason), "Disk of machine fails, the guest sees I/O errors", "machine", m.config.ID,
-				"disk", m.diskOf(data.Node), "operation", data.Operation, "hostDiskFull", data.NoSpace)
+				"disk", m.diskOf(data.Node), "operation", data.Operation)
 		}
 	}
 }

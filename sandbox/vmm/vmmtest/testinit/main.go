@@ -102,7 +102,11 @@ func loadModules(list string) error {
 		if err != nil {
 			return err
 		}
-		err = unix.FinitModule(int(f.Fd()), "", 0)
+		flags := 0
+		if filepath.Ext(name) != ".ko" {
+			flags = unix.MODULE_INIT_COMPRESSED_FILE
+		}
+		err = unix.FinitModule(int(f.Fd()), "", flags)
 		f.Close()
 		if err != nil && !errors.Is(err, unix.EEXIST) {
 			say("testinit: load %s: %v", name, err)
@@ -186,25 +190,30 @@ func do(word, rest string) (string, error) {
 			names[i] = e.Name()
 		}
 		return strings.Join(names, " "), err
-	case "disk": // disk SERIAL: its name
-		return disk(arg)
-	case "blockwrite": // blockwrite SERIAL TEXT: at offset 0
-		name, err := disk(arg)
-		if err != nil {
-			return "", err
-		}
-		f, err := os.OpenFile("/dev/"+name, os.O_WRONLY|os.O_SYNC, 0)
+	case "disk": // disk SERIAL: the name of its file in /dev
+		return disk(rest)
+	case "blockwrite": // blockwrite NAME TEXT: at offset 0
+		f, err := os.OpenFile("/dev/"+arg, os.O_WRONLY|os.O_SYNC, 0)
 		if err != nil {
 			return "", err
 		}
 		_, err = f.WriteString(more)
 		return "", errors.Join(err, f.Close())
-	case "blocksum": // blocksum SERIAL: size and digest
-		name, err := disk(arg)
+	case "blockfill": // blockfill NAME: from the start to the end
+		f, err := os.OpenFile("/dev/"+arg, os.O_WRONLY|os.O_SYNC, 0)
 		if err != nil {
 			return "", err
 		}
-		f, err := os.Open("/dev/" + name)
+		defer f.Close()
+		for chunk := []byte(strings.Repeat("z", 64<<10)); ; {
+			if _, err := f.Write(chunk); errors.Is(err, unix.ENOSPC) { // the end of the device
+				return "", nil
+			} else if err != nil {
+				return "", err
+			}
+		}
+	case "blocksum": // blocksum NAME: size and digest
+		f, err := os.Open("/dev/" + arg)
 		if err != nil {
 			return "", err
 		}
