@@ -214,6 +214,10 @@ func versionOf(info *debug.BuildInfo) string {
 // for it, in order; those are compressed as the kernel decompresses them itself
 // (finit_module's MODULE_INIT_COMPRESSED_FILE). Neither is there when the
 // kernel has no modules.
+//
+// The archive as a whole isn't compressed. Under QEMU's emulation, where it
+// matters most, unpacking cost more than reading: 2.00 s of CPU for a boot as it
+// is, 2.04 with lz4, 2.06 with gzip, 2.13 with zstd (the least of four runs).
 func makeInitramfs(agent []byte, boot, demand []module) ([]byte, error) {
 	entries := []entry{
 		{name: "init", mode: modeReg | 0o755, data: agent},
@@ -411,6 +415,9 @@ func writeUnpacked(cache string, k kernel) error {
 		return err
 	}
 	defer os.RemoveAll(tmp)
+	if err := os.Chmod(tmp, 0o755); err != nil {
+		return err
+	}
 	if err := os.WriteFile(filepath.Join(tmp, "kernel"), k.kernel, 0o644); err != nil {
 		return err
 	}

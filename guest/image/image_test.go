@@ -611,6 +611,16 @@ func TestHostSources(t *testing.T) {
 	}
 }
 
+func TestRealPackage(t *testing.T) {
+	const meta = "Package: linux-image-cloud-arm64\nVersion: 6.12.1-1\nDepends: linux-image-6.12.1+deb13-cloud-arm64 (= 6.12.1-1), other\n\nPackage: older\nVersion: 1\n"
+	if name, version := realPackage("linux-image-cloud-arm64", []byte(meta)); name != "linux-image-6.12.1+deb13-cloud-arm64" || version != "6.12.1-1" {
+		t.Errorf("meta package: %s %s", name, version)
+	}
+	if name, version := realPackage("linux-source-6.12", []byte("Version: 6.12.1-1\nDepends: binutils (>= 2), xz-utils\n")); name != "linux-source-6.12" || version != "6.12.1-1" {
+		t.Errorf("plain package: %s %s", name, version)
+	}
+}
+
 func FuzzHostSources(f *testing.F) {
 	f.Add("Types: deb\nURIs: http://m.test/debian\nSuites: bookworm\nComponents: main\n")
 	f.Add("deb [a] u s main")

@@ -27,6 +27,11 @@ func main() {
 			loaded++
 		}
 	}
+	for _, name := range []string{"bridge", "nft-chain-2-nat"} {
+		if err := demand(name); err != nil {
+			fmt.Printf("test-init: %s on demand: %v\n", name, err)
+		}
+	}
 	for _, dir := range []string{"/proc", "/sys"} {
 		_ = os.Mkdir(dir, 0o755)
 	}
@@ -73,6 +78,30 @@ func disk() {
 	_ = unix.Statfs("/scratch", &st)
 	_ = unix.Unmount("/scratch", 0)
 	fmt.Printf("test-init: scratch GiB=%d\n", st.Blocks*uint64(st.Bsize)>>30)
+}
+
+// demand loads what /modules.ondemand names for a module or alias.
+func demand(name string) error {
+	text, err := os.ReadFile("/modules.ondemand")
+	if os.IsNotExist(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(text)) {
+		words := strings.Fields(line)
+		if words[0] != name {
+			continue
+		}
+		for _, path := range words[1:] {
+			if err := load(path, unix.MODULE_INIT_COMPRESSED_FILE); err != nil && err != unix.EEXIST {
+				return fmt.Errorf("%s: %w", path, err)
+			}
+		}
+		return nil
+	}
+	return fmt.Errorf("not in /modules.ondemand")
 }
 
 func load(path string, flags int) error {
