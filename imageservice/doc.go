@@ -22,8 +22,11 @@
 // Not promised: that an image runs. Its content is never interpreted beyond
 // what the conversion needs, and never becomes a path on the host.
 //
-// Limits that follow from converting each layer by itself: an entry below a
-// directory that a lower layer has as a symbolic link makes a directory (as
-// overlayfs shows it), and POSIX ACLs in a layer are dropped, because their
-// tar form is not the on-disk form of ext4.
+// Limits that follow from converting each layer by itself, without its parents:
+// an entry below a directory that a lower layer has as a symbolic link makes a
+// directory (as overlayfs shows it), and a directory that a layer implies, by an
+// entry below it, without an entry of its own gets the attributes of its parent
+// instead of those that a lower layer gave it. Docker, BuildKit and buildah
+// always write the entry; tools that assemble tars by hand may not. POSIX ACLs
+// in a layer are dropped: their tar form is not the on-disk form of ext4.
 package imageservice

@@ -87,6 +87,15 @@ func loadFile(t testing.TB, s *Store, path string) ([]Image, error) {
 	return s.Load(t.Context(), f, nil)
 }
 
+func rec(t testing.TB, s *Store, id string) *imageRecord {
+	t.Helper()
+	r, _, err := s.meta.get(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
 // files lists what the store has besides its metadata.
 func files(t testing.TB, s *Store) []string {
 	t.Helper()
@@ -266,13 +275,20 @@ func TestLoad(t *testing.T) {
 			if out := debugfs(t, got[0].Layers[2].Path, "cat /salt2"); out[:3] != "one" {
 				t.Errorf("hard link: %q", out)
 			}
-			// Nothing but what the record names, and no temporary files.
-			want := map[string]bool{}
-			rec, _, err := s.meta.get(got[0].ID)
-			if err != nil {
-				t.Fatal(err)
+			// T44: compressed layers are kept, and nothing is there but what the
+			// record names: no temporary and no plain tar.
+			for _, l := range rec(t, s, got[0].ID).Layers {
+				f, err := os.Open(s.blobPath(l.Blob))
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, kind, err := decompress(f); err != nil || kind == uncompressed {
+					t.Errorf("blob of layer %s is %s, %v", l.DiffID, kind, err)
+				}
+				f.Close()
 			}
-			for _, o := range rec.objects() {
+			want := map[string]bool{}
+			for _, o := range rec(t, s, got[0].ID).objects() {
 				rel, _ := filepath.Rel(s.cfg.Root, s.objectPath(o))
 				want[rel] = true
 			}

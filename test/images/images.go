@@ -247,7 +247,7 @@ func Layered(dir, arch string) (v1.Image, error) {
 			Dir("data/", 0o755), File("data/.wh.deleted", 0o644, ""),
 			Dir("opaque/", 0o755), File("opaque/.wh..wh..opq", 0o644, ""), File("opaque/above", 0o644, "above\n"),
 			File("replaced", 0o644, "new\n"), Dir("file-to-dir/", 0o755), File("file-to-dir/inside", 0o644, "inside\n"),
-			{Header: tar.Header{Name: "bin/setuid-id", Mode: 0o6755}, Body: program},
+			Dir("bin/", 0o755), {Header: tar.Header{Name: "bin/setuid-id", Mode: 0o6755}, Body: program},
 			owned(File("owned", 0o640, "owned\n"), 1000, 2000),
 			File("hard-a", 0o644, "hard\n"), Hardlink("hard-b", "hard-a"),
 			xattr, Dir("sticky/", 0o1777),
