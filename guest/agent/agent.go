@@ -56,6 +56,7 @@ type Agent struct {
 	reaper *reaper
 	layers *layerStore
 	log    *logger
+	end    func() // powers the machine off; does not return in a guest
 
 	// booted is closed when everything but the listeners is there.
 	booted chan struct{}
@@ -85,6 +86,7 @@ func newAgent(p paths, log *logger) *Agent {
 		reaper:     newReaper(),
 		layers:     newLayerStore(p.layers, p.mounts),
 		log:        log,
+		end:        powerOff,
 		booted:     make(chan struct{}),
 		missing:    map[string]error{},
 		containers: map[string]*ctr{},
@@ -203,7 +205,8 @@ type ctr struct {
 
 	layers   []*layer
 	writable *writable
-	mounts   []string // to unmount, in this order
+	mounts   []string // to unmount, the last one first
+	volumes  []string // those of them that are the host's
 
 	mu       sync.Mutex // guards what follows
 	state    state

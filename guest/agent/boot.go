@@ -75,7 +75,7 @@ func RunInit() {
 		for _, s := range list {
 			if err := a.bootStep(s.name, func() error { return s.run(b) }); err != nil {
 				log.Printf("boot failed: %s: %v", s.name, err)
-				powerOff()
+				a.end()
 			}
 		}
 	}
@@ -102,7 +102,7 @@ func RunInit() {
 	}
 	close(a.booted)
 	log.Printf("the agent's server has ended: %v", <-errs)
-	powerOff()
+	a.end()
 }
 
 func (a *Agent) bootStep(name string, f func() error) error {
@@ -124,16 +124,16 @@ func (a *Agent) bootStep(name string, f func() error) error {
 func (a *Agent) crash() {
 	if v := recover(); v != nil {
 		a.log.Printf("panic: %v: %s", v, debug.Stack())
-		if os.Getpid() != 1 {
-			panic(v)
-		}
-		powerOff()
+		a.end()
 	}
 }
 
 // powerOff does not return in a guest. Like every wait, the last sync has a
 // bound: the scratch disk may be full or gone.
 func powerOff() {
+	if os.Getpid() != 1 {
+		panic("power off called outside a guest")
+	}
 	synced := make(chan struct{})
 	go func() {
 		unix.Sync()

@@ -12,10 +12,12 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/cri-vz/cri-vz/guest/agent/container"
 	"github.com/cri-vz/cri-vz/guest/api"
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 )
 
 // agentScheme begins the Source of a mount that is one of the pod's own files:
@@ -199,7 +201,9 @@ func (a *Agent) resolveMounts(c *ctr) error {
 		var err error
 		switch {
 		case strings.HasPrefix(m.Source, api.VolumeScheme):
-			err = a.pinVolume(strings.TrimPrefix(m.Source, api.VolumeScheme), target)
+			if err = a.pinVolume(strings.TrimPrefix(m.Source, api.VolumeScheme), target); err == nil {
+				c.volumes = append(c.volumes, target)
+			}
 		case strings.HasPrefix(m.Source, agentScheme):
 			switch name := strings.TrimPrefix(m.Source, agentScheme); name {
 			case "resolv.conf", "hosts", "hostname", "shm":
@@ -258,6 +262,42 @@ func (a *Agent) pinVolume(source, target string) error {
 	}
 	_, err = pinBelow(base, sub, target)
 	return err
+}
+
+// syncTimeout bounds the write-back of volumes after a container's end.
+const syncTimeout = 2 * time.Second
+
+// syncVolumes writes back what shared mappings have left in the guest's memory,
+// so that the host sees all that the container wrote when it learns of the end
+// (T35).
+func (c *ctr) syncVolumes() error {
+	if len(c.volumes) == 0 {
+		return nil
+	}
+	done := make(chan error, 1)
+	go func() {
+		var errs []error
+		for _, v := range c.volumes {
+			f, err := os.OpenFile(v, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+			if err != nil {
+				errs = append(errs, err)
+				continue
+			}
+			if err := unix.Syncfs(int(f.Fd())); err != nil {
+				errs = append(errs, fmt.Errorf("sync %s: %w", v, err))
+			}
+			f.Close()
+		}
+		done <- errors.Join(errs...)
+	}()
+	t := time.NewTimer(syncTimeout)
+	defer t.Stop()
+	select {
+	case err := <-done:
+		return err
+	case <-t.C:
+		return fmt.Errorf("the volumes are not written back after %v: the host may not see the container's last writes", syncTimeout)
+	}
 }
 
 // mountImage mounts an image volume: options layer=NAME, the lowest first, and

@@ -12,7 +12,7 @@ import (
 )
 
 // shutdownTimeout is how long the list below may take. The host kills the VM
-// after 2 s; the rest is for powerOff's own sync.
+// after 2 s; the rest is for end's own sync.
 const shutdownTimeout = 900 * time.Millisecond
 
 // shutdownSteps put the scratch disk in order; each may fail.
@@ -44,7 +44,7 @@ func (a *Agent) Shutdown(context.Context, *api.ShutdownRequest) (*api.ShutdownRe
 	case <-time.After(shutdownTimeout):
 		a.log.Printf("shutdown: not done after %v", shutdownTimeout)
 	}
-	powerOff()
+	a.end()
 	return &api.ShutdownResponse{}, nil
 }
 
@@ -54,5 +54,5 @@ func (a *Agent) watchPodInit(p *podClient) {
 	defer a.crash()
 	<-p.gone
 	a.log.Printf("pod-init has ended: the pod is lost")
-	powerOff()
+	a.end()
 }

@@ -54,6 +54,9 @@ func (a *Agent) StartContainer(ctx context.Context, r *api.StartContainerRequest
 		if err := c.cgroup.kill(); err != nil {
 			a.log.Printf("container %s: kill what is left: %v", c.id, err)
 		}
+		if err := c.syncVolumes(); err != nil {
+			a.log.Printf("container %s: %v", c.id, err)
+		}
 		p.oom = c.cgroup.flat("memory.events")["oom_kill"] > 0
 		c.mu.Lock()
 		if c.state != removing {
