@@ -141,7 +141,7 @@ func convertLayer(ctx context.Context, blob io.Reader, out io.ReadWriteSeeker, d
 		if expanded > limits.LayerBytes {
 			return 0, layerErrorf("it expands to more than %d bytes", limits.LayerBytes)
 		}
-		if expanded > ratioGrace && expanded/limits.LayerRatio > compressed.Load() {
+		if expanded > limits.ratioGrace && expanded/limits.LayerRatio > compressed.Load() {
 			return 0, layerErrorf("it expands more than %d fold, as a decompression bomb does", limits.LayerRatio)
 		}
 		return n, err

@@ -32,11 +32,13 @@ type Limits struct {
 	// ArchiveMetadataBytes caps all JSON documents of an archive together;
 	// default 64 MiB. They are kept in memory during a load.
 	ArchiveMetadataBytes int64
+
+	// ratioGrace is what a layer may expand to whatever its compressed size:
+	// 256 MiB. Only tests change it.
+	ratioGrace int64
 }
 
 const (
-	// ratioGrace is what a layer may expand to whatever its compressed size.
-	ratioGrace = 256 << 20
 	// maxLayerBytes keeps a file below 340 extents of 128 MiB, the number up to
 	// which hcsshim's extent tree is right, and the image below maxDiskBytes.
 	maxLayerBytes = 40 << 30
@@ -62,6 +64,7 @@ func (l *Limits) setDefaults() error {
 		{"ConfigBytes", &l.ConfigBytes, 8 << 20},
 		{"LayerBytes", &l.LayerBytes, 32 << 30},
 		{"LayerRatio", &l.LayerRatio, 250},
+		{"ratioGrace", &l.ratioGrace, 256 << 20},
 		{"ArchiveMetadataBytes", &l.ArchiveMetadataBytes, 64 << 20},
 	} {
 		if *f.v == 0 {
