@@ -3,6 +3,7 @@ package cri
 import (
 	"context"
 	"fmt"
+	"os"
 	"path/filepath"
 
 	"github.com/containerd/errdefs"
@@ -39,6 +40,11 @@ func (s *Server) CreateContainer(ctx context.Context, req *runtimeapi.CreateCont
 	logPath, err := containerLogPath(pod.Config().GetLogDirectory(), cfg.GetLogPath())
 	if err != nil {
 		return nil, err
+	}
+	if logPath != "" {
+		if err := os.MkdirAll(filepath.Dir(logPath), 0o755); err != nil {
+			return nil, fmt.Errorf("config.log_path: %w", err)
+		}
 	}
 	t, err := translate(pod.Config(), cfg, &img.Config)
 	if err != nil {

@@ -3,6 +3,7 @@ package cri
 import (
 	"context"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 
@@ -15,6 +16,12 @@ import (
 func (s *Server) RunPodSandbox(ctx context.Context, req *runtimeapi.RunPodSandboxRequest) (*runtimeapi.RunPodSandboxResponse, error) {
 	if err := s.checkPodSandbox(req.GetConfig(), req.GetRuntimeHandler()); err != nil {
 		return nil, err
+	}
+	// The kubelet makes the folder itself; other clients expect it to be made.
+	if dir := req.GetConfig().GetLogDirectory(); dir != "" {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return nil, fmt.Errorf("config.log_directory: %w", err)
+		}
 	}
 	pod, err := s.Pods.Run(ctx, req.GetConfig(), req.GetRuntimeHandler())
 	if err != nil {

@@ -263,7 +263,8 @@ func (c *client) startPod(ctx context.Context, out io.Writer, pod *runtimeapi.Po
 			if err != nil {
 				return // RunPodSandbox says what matters
 			}
-			if s.GetError() == "" && s.GetName() != "" {
+			// The guest's own parts are in the pod's verbose status.
+			if s.GetError() == "" && s.GetName() != "" && !strings.HasPrefix(s.GetName(), "guest: ") {
 				printStep(out, s.GetName(), time.Duration(s.GetNanos()), "")
 			}
 		}
