@@ -1,0 +1,150 @@
+//go:build linux
+
+package e2e_test
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc/codes"
+
+	nodeapi "github.com/cri-vz/cri-vz/cri/api"
+)
+
+func TestPortForward(t *testing.T) {
+	p := sharedPodOf(t)
+	id := p.start(t, "echo", command("/bin/tcp-echo", "7000"))
+	waitForLog(t, p.container(t, id).GetLogPath(), "listening")
+	request := bytes.Repeat([]byte("cri-vz! "), 8<<10) // 64 KiB
+
+	exchange := func(f *forwarder, request []byte) error {
+		c, err := f.dial(7000)
+		if err != nil {
+			return err
+		}
+		answer, err := c.exchange(request)
+		if err != nil {
+			return err
+		}
+		if !bytes.Equal(answer, request) {
+			return fmt.Errorf("sent %d bytes, got %d back that differ", len(request), len(answer))
+		}
+		return nil
+	}
+	t.Run("the first connection", func(t *testing.T) {
+		if err := exchange(p.forward(t), request); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("64 at once", func(t *testing.T) {
+		f := p.forward(t)
+		var g errgroup.Group
+		for i := range 64 {
+			g.Go(func() error {
+				if err := exchange(f, request); err != nil {
+					return fmt.Errorf("connection %d: %w", i, err)
+				}
+				return nil
+			})
+		}
+		if err := g.Wait(); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("refused", func(t *testing.T) {
+		f := p.forward(t)
+		c, err := f.dial(7001)
+		if err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		if _, err = c.exchange([]byte("x")); err == nil || !strings.Contains(err.Error(), "refused") || !strings.Contains(err.Error(), "7001") {
+			t.Errorf("the error does not say that port 7001 refused: %v", err)
+		}
+		if took := time.Since(began); took > 3*time.Second {
+			t.Errorf("took %v", took)
+		}
+		if err := exchange(p.forward(t), request); err != nil {
+			t.Errorf("the next connection: %v", err)
+		}
+	})
+	t.Run("a client that vanishes", func(t *testing.T) {
+		f := p.forward(t)
+		for range 8 {
+			c, err := f.dial(7000)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := c.Write(request); err != nil {
+				t.Fatal(err)
+			}
+		}
+		f.conn.Close()
+		if err := exchange(p.forward(t), request); err != nil {
+			t.Errorf("the next client: %v", err)
+		}
+	})
+	t.Run("the command line's way", func(t *testing.T) {
+		s, err := suite.node.api.Forward(timeout(t, callTimeout))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Send(&nodeapi.ForwardRequest{PodSandboxId: p.id, Port: 7000}); err != nil {
+			t.Fatal(err)
+		}
+		if m, err := s.Recv(); err != nil || !m.GetOpen() {
+			t.Fatalf("%v, %v", m, err)
+		}
+		if err := s.Send(&nodeapi.ForwardRequest{Data: []byte("hello"), Eof: true}); err != nil {
+			t.Fatal(err)
+		}
+		var got []byte
+		for {
+			m, err := s.Recv()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got = append(got, m.GetData()...); m.GetEof() {
+				break
+			}
+		}
+		if string(got) != "hello" {
+			t.Errorf("%q", got)
+		}
+		if s, err = suite.node.api.Forward(timeout(t, callTimeout)); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Send(&nodeapi.ForwardRequest{PodSandboxId: p.id, Port: 7001}); err != nil {
+			t.Fatal(err)
+		}
+		_, err = s.Recv()
+		wantError(t, err, codes.Unavailable, "refused", "7001")
+	})
+}
+
+// The pod IP answers from the node as soon as something listens.
+func TestPodAddress(t *testing.T) {
+	p := sharedPodOf(t)
+	id := p.start(t, "web")
+	waitForLog(t, p.container(t, id).GetLogPath(), "listening")
+	got, err := get("http://" + p.sandbox(t, p.id).GetNetwork().GetIp() + ":3000/")
+	if err != nil || got != "hello from shared\n" {
+		t.Errorf("from the node: %q, %v", got, err)
+	}
+}
+
+func get(url string) (string, error) {
+	resp, err := (&http.Client{Timeout: 10 * time.Second}).Get(url)
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	return string(b), err
+}

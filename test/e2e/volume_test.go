@@ -1,0 +1,163 @@
+//go:build linux
+
+package e2e_test
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+func TestVolumes(t *testing.T) {
+	p := sharedPodOf(t)
+	dir := filepath.Join(suite.base, "volumes")
+	for _, d := range []string{"rw", "ro"} {
+		if err := os.MkdirAll(filepath.Join(dir, d), 0o777); err != nil {
+			t.Fatal(err)
+		}
+		writeFile(t, filepath.Join(dir, d, "there"), "from the host\n")
+	}
+	writeFile(t, filepath.Join(dir, "single"), "one\n")
+	writeFile(t, filepath.Join(dir, "secret"), "not shared\n")
+	if err := os.Symlink("rw", filepath.Join(dir, "link")); err != nil {
+		t.Fatal(err)
+	}
+	id := p.start(t, "volumes", asRoot, command("/bin/sleep", "infinity"),
+		mount(&runtimeapi.Mount{HostPath: dir + "/rw", ContainerPath: "/rw"}),
+		mount(&runtimeapi.Mount{HostPath: dir + "/ro", ContainerPath: "/ro", Readonly: true}),
+		mount(&runtimeapi.Mount{HostPath: dir + "/link", ContainerPath: "/linked"}),
+		mount(&runtimeapi.Mount{HostPath: dir + "/single", ContainerPath: "/etc/single", Readonly: true}),
+		mount(&runtimeapi.Mount{HostPath: dir + "/single", ContainerPath: "/rw/single"}))
+
+	if got := p.output(t, id, "/bin/cat", "/rw/there", "/ro/there", "/linked/there", "/etc/single"); got != strings.Repeat("from the host\n", 3)+"one\n" {
+		t.Errorf("read %q", got)
+	}
+	p.output(t, id, "/bin/write", "/rw/new", "from the pod")
+	if b, err := os.ReadFile(dir + "/rw/new"); err != nil || string(b) != "from the pod\n" {
+		t.Errorf("on the host: %q, %v", b, err)
+	}
+	for _, path := range []string{"/ro/new", "/ro/there", "/etc/single"} {
+		if r := p.exec(t, id, "/bin/write", path, "x"); r.code == 0 || !strings.Contains(r.stderr, "read-only") {
+			t.Errorf("write %s: %+v", path, r)
+		}
+	}
+	// T30: updates in place are seen, and the folder of a single file is not shared.
+	writeFile(t, filepath.Join(dir, "single"), "two\n")
+	if got := p.output(t, id, "/bin/cat", "/etc/single"); got != "two\n" {
+		t.Errorf("after an update on the host: %q", got)
+	}
+	if got := p.output(t, id, "/bin/ls", "/rw"); strings.Contains(got, "secret") {
+		t.Errorf("the file's folder is shared: %s", got)
+	}
+	writeFile(t, filepath.Join(dir, "rw", "later"), "later\n")
+	if got := p.output(t, id, "/bin/cat", "/rw/later"); got != "later\n" {
+		t.Errorf("a file made later: %q", got)
+	}
+	// T34 in part: nothing of the volume is in use after RemoveContainer, and
+	// nothing was ever mounted in the host's own namespace.
+	if m := mountsBelow(p.dir); len(m) > 0 && strings.Contains(strings.Join(m, " "), "volumes") {
+		t.Errorf("mounts on the host: %v", m)
+	}
+}
+
+func writeFile(t *testing.T, path, text string) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o644)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := io.WriteString(f, text); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// T1: not even the guest's root can change a layer or a read-only volume, because
+// the host does not let it.
+func TestReadOnlyIsTheHosts(t *testing.T) {
+	p := sharedPodOf(t)
+	before := layerDigests(t)
+	dir := filepath.Join(suite.base, "host-read-only")
+	if err := os.MkdirAll(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, filepath.Join(dir, "file"), "mine\n")
+	id := p.start(t, "guest-root", asRoot, privileged, command("/bin/sleep", "infinity"),
+		mount(&runtimeapi.Mount{HostPath: dir, ContainerPath: "/ro", Readonly: true}))
+	for tag, where := range map[string]string{"layers": "/tmp/layers", "volumes": "/tmp/volumes"} {
+		// A second mount of the same share, writable as far as the guest goes.
+		if r := p.exec(t, id, "/app/web", "mount", "virtiofs", tag, where); r.code != 0 {
+			t.Fatalf("mount share %s: %+v", tag, r)
+		}
+	}
+	for _, found := range []struct{ share, want string }{{"/tmp/layers", ""}, {"/tmp/volumes", "file"}} {
+		tried := 0
+		walkGuest(t, p.pod, id, found.share, 3, func(path string) {
+			if filepath.Base(path) == found.want || (found.want == "" && !strings.HasPrefix(filepath.Base(path), ".")) {
+				tried++
+				if r := p.exec(t, id, "/bin/write", path, "poison"); r.code == 0 {
+					t.Errorf("the guest's root wrote %s", path)
+				}
+			}
+		})
+		if tried == 0 {
+			t.Errorf("found nothing to attack in %s: %s", found.share, p.output(t, id, "/bin/ls", found.share))
+		}
+	}
+	if r := p.exec(t, id, "/bin/write", "/tmp/layers/new", "poison"); r.code == 0 {
+		t.Error("the guest's root made a file among the layers")
+	}
+	if after := layerDigests(t); fmt.Sprint(after) != fmt.Sprint(before) {
+		t.Errorf("layers changed: %v, before %v", after, before)
+	}
+	if b, err := os.ReadFile(filepath.Join(dir, "file")); err != nil || string(b) != "mine\n" {
+		t.Errorf("the read-only volume changed: %q, %v", b, err)
+	}
+}
+
+// walkGuest calls f for each file at most depth levels below dir in a container.
+func walkGuest(t *testing.T, p *pod, id, dir string, depth int, f func(path string)) {
+	t.Helper()
+	for line := range strings.Lines(p.output(t, id, "/bin/ls", dir)) {
+		fields := strings.Fields(line)
+		path := filepath.Join(dir, fields[len(fields)-1])
+		switch {
+		case line[0] == '-':
+			f(path)
+		case line[0] == 'd' && depth > 1:
+			walkGuest(t, p, id, path, depth-1, f)
+		}
+	}
+}
+
+// layerDigests hashes the image store's layers.
+func layerDigests(t *testing.T) map[string]string {
+	t.Helper()
+	found := map[string]string{}
+	for _, path := range filesBelow(filepath.Join(suite.node.root, "images")) {
+		if strings.HasSuffix(path, ".db") || filepath.Base(path) == "lock" {
+			continue
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h := sha256.New()
+		_, err = io.Copy(h, f)
+		f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		found[path] = fmt.Sprintf("%x", h.Sum(nil)[:8])
+	}
+	if len(found) == 0 {
+		t.Fatal("the image store has no files")
+	}
+	return found
+}
