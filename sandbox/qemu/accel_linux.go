@@ -189,7 +189,7 @@ func writeVerdict(file string, v verdict) (err error) {
 
 // probeKVM boots a guest with KVM until it starts its first program.
 func (d *driver) probeKVM(ctx context.Context, arch, kernel, initrd string) (err error) {
-	bounded, cancel := context.WithTimeout(ctx, probeTimeout)
+	bounded, cancel := context.WithTimeout(ctx, d.probeTimeout)
 	defer cancel()
 	dir, err := os.MkdirTemp("", "kvm")
 	if err != nil {
@@ -243,6 +243,6 @@ func (d *driver) probeKVM(ctx context.Context, arch, kernel, initrd string) (err
 		return fmt.Errorf("a guest died while it booted with KVM: %w", m.Err())
 	case <-bounded.Done():
 		_ = read.Close() // ends the reader, whose count says how far the guest got
-		return fmt.Errorf("a guest did not boot with KVM within %s: its console has %d lines", probeTimeout, <-lines)
+		return fmt.Errorf("a guest did not boot with KVM within %s: its console has %d lines", d.probeTimeout, <-lines)
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -52,7 +53,8 @@ var platforms = map[string]platform{
 type driver struct {
 	opts Options
 
-	virtiofsd func() (virtiofsd, error) // found once
+	virtiofsd    func() (virtiofsd, error) // found once
+	probeTimeout time.Duration
 
 	mu     sync.Mutex
 	probes map[string]*probe // by arch
@@ -84,9 +86,10 @@ func New(o Options) (vmm.Driver, error) {
 
 func newDriver(o Options) *driver {
 	return &driver{
-		opts:      o,
-		virtiofsd: sync.OnceValues(func() (virtiofsd, error) { return findVirtiofsd(o.VirtiofsdPath) }),
-		probes:    map[string]*probe{},
+		opts:         o,
+		virtiofsd:    sync.OnceValues(func() (virtiofsd, error) { return findVirtiofsd(o.VirtiofsdPath) }),
+		probeTimeout: probeTimeout,
+		probes:       map[string]*probe{},
 	}
 }
 

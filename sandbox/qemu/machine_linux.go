@@ -45,7 +45,6 @@ type machine struct {
 	accel     Accel
 
 	// Made by New, given up by release.
-	files   []*os.File // what the children inherit
 	mounts  []string
 	vsock   *vhostvsock.Device
 	boot    bootFiles
@@ -55,6 +54,7 @@ type machine struct {
 	done chan struct{} // closed when nothing of the machine runs
 
 	mu       sync.Mutex
+	files    []*os.File // what QEMU inherits, until it runs
 	started  bool
 	dying    bool // its end has a cause, err
 	err      error
@@ -73,9 +73,24 @@ type bootFiles struct {
 	kernel, initrd *os.File
 }
 
+// closeFiles gives up the owner's copies of what QEMU inherits: a tap then ends with
+// QEMU, and a copy of a kernel frees its memory.
+func (m *machine) closeFiles() {
+	m.mu.Lock()
+	files := m.files
+	m.files = nil
+	m.mu.Unlock()
+	for _, f := range files {
+		_ = f.Close()
+	}
+}
+
+// keep makes f one of the files that closeFiles closes.
 func (m *machine) keep(f *os.File, err error) (*os.File, error) {
 	if err == nil {
+		m.mu.Lock()
 		m.files = append(m.files, f)
+		m.mu.Unlock()
 	}
 	return f, err
 }
@@ -188,15 +203,20 @@ func (m *machine) Start(ctx context.Context) error {
 		m.die(err)
 		// Bounded: everything has got SIGKILL.
 		<-m.done
-		return fmt.Errorf("machine %s: start: %w", m.config.ID, m.Err())
+		if cause := m.Err(); cause != nil {
+			err = cause
+		}
+		return fmt.Errorf("machine %s: start: %w", m.config.ID, err)
 	}
 	return nil
 }
 
 func (m *machine) start(ctx context.Context) (err error) {
 	vm, err := m.launch()
+	m.closeFiles() // what QEMU has not got now, it doesn't need
 	if err != nil {
 		// A QEMU that ran has a supervisor, which launch started last.
+		m.die(err)
 		go m.supervise(nil, nil)
 		return err
 	}
@@ -378,7 +398,7 @@ func (m *machine) die(cause error) {
 	children := m.children()
 	m.mu.Unlock()
 	if first && cause != nil {
-		klog.ErrorS(cause, "Machine died", "machine", m.config.ID)
+		klog.V(2).InfoS("Machine died", "machine", m.config.ID, "reason", cause) // the caller has it from Err
 	}
 	for _, c := range children {
 		c.kill()
@@ -427,8 +447,6 @@ func (m *machine) supervise(monitor *qmpClient, conn *net.UnixConn) {
 		<-monitor.done // it has seen all events; the socket's other end is gone
 		m.die(m.qemuEnded(vm))
 		_ = m.vsock.Close()
-	} else {
-		m.die(errors.New("it did not start"))
 	}
 	for _, h := range helpers {
 		<-h.gone
@@ -479,7 +497,7 @@ func (m *machine) event(e qmpEvent) {
 			Reason string `json:"reason"`
 		}
 		if err := json.Unmarshal(e.Data, &data); err != nil {
-			klog.ErrorS(err, "Unexpected event of QEMU", "machine", m.config.ID, "event", e.Name)
+			klog.V(4).InfoS("Unexpected event of QEMU", "machine", m.config.ID, "event", e.Name, "err", err)
 		}
 		m.mu.Lock()
 		if m.shutdown == "" || data.Reason == "guest-panic" {
@@ -497,7 +515,7 @@ func (m *machine) event(e qmpEvent) {
 			Reason    string `json:"reason"`
 		}
 		if err := json.Unmarshal(e.Data, &data); err != nil {
-			klog.ErrorS(err, "Unexpected event of QEMU", "machine", m.config.ID, "event", e.Name)
+			klog.V(4).InfoS("Unexpected event of QEMU", "machine", m.config.ID, "event", e.Name, "err", err)
 			return
 		}
 		// The guest decides how often this happens, so each disk has one line.
@@ -604,9 +622,7 @@ func (m *machine) release() error {
 	if m.vsock != nil {
 		errs = append(errs, m.vsock.Close())
 	}
-	for _, f := range m.files {
-		errs = append(errs, f.Close())
-	}
+	m.closeFiles()
 	for _, dir := range m.mounts {
 		if err := unix.Unmount(dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
 			errs = append(errs, fmt.Errorf("unmount %s: %w", dir, err))
@@ -614,7 +630,7 @@ func (m *machine) release() error {
 		}
 		errs = append(errs, os.Remove(dir))
 	}
-	m.files, m.mounts = nil, nil
+	m.mounts = nil
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("machine %s: release: %w", m.config.ID, err)
 	}

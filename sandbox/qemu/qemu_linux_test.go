@@ -470,6 +470,48 @@ func TestAccelAuto(t *testing.T) {
 	}
 }
 
+// KVM that works and KVM in which a guest stops half-way, acted by emulation.
+func TestProbe(t *testing.T) {
+	g := guestFor(t, runtime.GOARCH)
+	binary, err := exec.LookPath(platforms[g.Arch].binary)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cpu := platforms[g.Arch].cpuTCG
+	for _, test := range []struct {
+		name    string
+		sed     string // what it does to an argument
+		timeout time.Duration
+		err     string
+	}{
+		{"works", "", time.Minute, ""},
+		{"boots without end", "s/panic=-1/console=null/", time.Second, "did not boot with KVM within 1s"},
+		{"no QEMU", "s/accel=/nonsense=/", time.Minute, "nonsense"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			dir, err := os.MkdirTemp("", "qemu") // where QEMU's user can reach it
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer os.RemoveAll(dir)
+			script := filepath.Join(dir, "qemu")
+			text := fmt.Sprintf("#!/bin/bash\nargs=()\nfor a; do args+=(\"$(sed 's/accel=kvm/accel=tcg/; s/^host$/%s/; %s' <<<\"$a\")\"); done\nexec %s \"${args[@]}\"\n", cpu, test.sed, binary)
+			if err := errors.Join(os.WriteFile(script, []byte(text), 0o755), os.Chmod(dir, 0o755)); err != nil {
+				t.Fatal(err)
+			}
+			d := newDriver(Options{QEMUPath: map[string]string{g.Arch: script}, UID: nobody, GID: nobody})
+			d.probeTimeout = test.timeout
+			err = d.probeKVM(t.Context(), g.Arch, g.Kernel, g.Initrd)
+			switch {
+			case test.err == "" && err != nil:
+				t.Error(err)
+			case test.err != "" && (err == nil || !strings.Contains(err.Error(), test.err)):
+				t.Errorf("%v, want an error with %q", err, test.err)
+			}
+		})
+	}
+}
+
 func kvmThere() bool {
 	_, err := os.Stat(kvmDevice)
 	return err == nil

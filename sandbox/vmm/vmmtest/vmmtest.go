@@ -526,11 +526,6 @@ func (s *suite) life(t *testing.T) {
 	if err := c.Console.Close(); err != nil { // the contract allows it
 		t.Error(err)
 	}
-	if len(c.NICs) > 0 {
-		if _, err := c.NICs[0].Tap.Stat(); err != nil && !errors.Is(err, os.ErrClosed) {
-			t.Errorf("tap: %v", err)
-		}
-	}
 	guest := m.waitReady(t)
 	t.Logf("ready %.2f s after Start", time.Since(booted).Seconds())
 
