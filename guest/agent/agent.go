@@ -58,8 +58,9 @@ type Agent struct {
 	log    *logger
 	end    func() // powers the machine off; does not return in a guest
 
-	// booted is closed when everything but the listeners is there.
-	booted chan struct{}
+	// networked is closed when a sandbox can be set up, booted when containers
+	// can be created.
+	networked, booted chan struct{}
 
 	bootMu  sync.Mutex // guards what boot finds out
 	steps   []namedStep
@@ -87,6 +88,7 @@ func newAgent(p paths, log *logger) *Agent {
 		layers:     newLayerStore(p.layers, p.mounts),
 		log:        log,
 		end:        powerOff,
+		networked:  make(chan struct{}),
 		booted:     make(chan struct{}),
 		missing:    map[string]error{},
 		containers: map[string]*ctr{},
@@ -109,12 +111,8 @@ const bootTimeout = 30 * time.Second
 
 // require waits for the boot and says whether the named parts came up.
 func (a *Agent) require(ctx context.Context, parts ...string) error {
-	ctx, cancel := context.WithTimeout(ctx, bootTimeout)
-	defer cancel()
-	select {
-	case <-a.booted:
-	case <-ctx.Done():
-		return unavailablef("wait for the guest's boot to finish: %w", ctx.Err())
+	if err := a.await(ctx, a.booted); err != nil {
+		return err
 	}
 	a.bootMu.Lock()
 	defer a.bootMu.Unlock()
@@ -124,6 +122,18 @@ func (a *Agent) require(ctx context.Context, parts ...string) error {
 		}
 	}
 	return nil
+}
+
+// await waits for a part of the boot.
+func (a *Agent) await(ctx context.Context, part <-chan struct{}) error {
+	ctx, cancel := context.WithTimeout(ctx, bootTimeout)
+	defer cancel()
+	select {
+	case <-part:
+		return nil
+	case <-ctx.Done():
+		return unavailablef("wait for the guest's boot: %w", ctx.Err())
+	}
 }
 
 // pod returns the sandbox once it is set up.

@@ -112,6 +112,7 @@ func newHost(t *testing.T) *host {
 		t.Fatal(err)
 	}
 	h.scratch = &scratch{dir: p.scratch}
+	close(h.networked)
 	close(h.booted)
 
 	h.data = dir + "/data"

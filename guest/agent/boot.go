@@ -53,10 +53,12 @@ var (
 		step
 		part string // of Agent.missing
 	}{
-		{step{"modules", loadRest}, "modules"},
 		{step{"kernel settings", kernelSettings}, ""},
-		{step{"cgroups", mountCgroups}, "cgroup"},
+		{step{"network modules", loadNetwork}, ""},
+		{step{"sandbox can be set up", func(b *bootState) error { close(b.networked); return nil }}, ""},
+		{step{"modules", loadRest}, ""},
 		{step{"loopback", func(*bootState) error { return setLoopback() }}, ""},
+		{step{"cgroups", mountCgroups}, "cgroup"},
 		{step{"scratch disk", mountScratch}, "scratch"},
 		{step{"layers", mountLayersShare}, "layers"},
 		{step{"volumes", mountVolumesShare}, "volumes"},
@@ -236,6 +238,9 @@ func moveRoot(b *bootState) error {
 	if err := unix.Mount("", agent, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|unix.MS_NODEV, ""); err != nil {
 		return fmt.Errorf("make the agent read-only: %w", err)
 	}
+	if err := bindModules(); err != nil {
+		return err
+	}
 	if err := os.Chdir("/root"); err != nil {
 		return err
 	}
@@ -251,7 +256,30 @@ func moveRoot(b *bootState) error {
 // transportModule is the last of the modules that a connection needs.
 const transportModule = "vmw_vsock_virtio_transport.ko"
 
-// loadTransport loads the listed modules up to the vsock transport.
+// bindModules makes what RunModprobe needs visible in the new root. The kernel's
+// own threads share PID 1's root, and so does the program they start.
+func bindModules() error {
+	if !exists("/" + moduleOnDemand) {
+		return nil
+	}
+	if err := os.WriteFile("/root/"+moduleOnDemand, nil, 0o644); err != nil {
+		return err
+	}
+	if err := os.Mkdir("/root/modules", 0o755); err != nil {
+		return err
+	}
+	for _, name := range []string{moduleOnDemand, "modules"} {
+		if err := unix.Mount("/"+name, "/root/"+name, "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("bind %s: %w", name, err)
+		}
+		if err := unix.Mount("", "/root/"+name, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+			return fmt.Errorf("make %s read-only: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// loadTransport loads the listed modules that the way to vsock can be made of.
 func loadTransport(b *bootState) error {
 	lines, err := readModules(b.initramfs, moduleList, false)
 	if err != nil {
@@ -260,43 +288,38 @@ func loadTransport(b *bootState) error {
 	for _, l := range lines {
 		b.modules = append(b.modules, l[0])
 	}
-	// Those that vsock depends on are in the list's order right before it; the
-	// rest can wait until the host is connecting.
-	last := -1
-	for i, m := range b.modules {
-		if filepath.Base(m) == transportModule {
-			last = i
-		}
-	}
-	var later []string
-	for i, m := range b.modules {
-		if i > last || !needed(filepath.Base(m)) {
-			later = append(later, m)
-			continue
-		}
-		if err := loadModule(b.initramfs, m); err != nil {
-			return err
-		}
-	}
-	b.modules = later
-	return nil
+	return b.load(func(name string) bool {
+		return strings.Contains(name, "vsock") || name == "virtio_pci" || name == "virtio" ||
+			strings.HasPrefix(name, "virtio_ring") || strings.HasPrefix(name, "virtio_pci_")
+	})
 }
 
-// needed says that a module comes before the listeners: all that can be part
-// of the way to vsock.
-func needed(name string) bool {
-	return strings.Contains(name, "vsock") || strings.HasPrefix(name, "virtio") &&
-		!strings.HasPrefix(name, "virtio_net") && !strings.HasPrefix(name, "virtio_blk")
+// loadNetwork loads what the pod's NIC needs.
+func loadNetwork(b *bootState) error {
+	return b.load(func(name string) bool { return name == "virtio_net" || strings.HasSuffix(name, "failover") })
 }
 
 func loadRest(b *bootState) error {
+	err := b.load(func(string) bool { return true })
+	unix.Close(b.initramfs)
+	return err
+}
+
+// load loads those of the modules still to be loaded that match by name
+// (without .ko, with _ for -), in the list's order, which is that of their
+// dependencies.
+func (b *bootState) load(match func(name string) bool) error {
 	var errs []error
+	var later []string
 	for _, m := range b.modules {
-		if err := loadModule(b.initramfs, m); err != nil {
+		name := strings.ReplaceAll(strings.TrimSuffix(filepath.Base(m), ".ko"), "-", "_")
+		if !match(name) {
+			later = append(later, m)
+		} else if err := loadModule(b.initramfs, m); err != nil {
 			errs = append(errs, err)
 		}
 	}
-	unix.Close(b.initramfs)
+	b.modules = later
 	return errors.Join(errs...)
 }
 
@@ -372,9 +395,8 @@ func kernelSettings(b *bootState) error {
 			errs = append(errs, err)
 		}
 	}
-	// The kernel looks for the program in the initramfs, where its own threads
-	// have their root, and that is where the modules are.
-	err := os.WriteFile("/proc/sys/kernel/modprobe", []byte("/init"), 0)
+	// See RunModprobe.
+	err := os.WriteFile("/proc/sys/kernel/modprobe", []byte(b.paths.exe), 0)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		errs = append(errs, err)
 	}

@@ -62,19 +62,31 @@ func (a *Agent) Exec(ctx context.Context, r *api.ExecRequest) (*api.ExecResponse
 }
 
 func (a *Agent) exec(ctx context.Context, sb *sandbox, c *ctr, init *process, r *api.ExecRequest) (*process, error) {
-	process := *c.spec.Process
-	process.Args = r.Args
-	process.Env = append(append([]string(nil), process.Env...), r.Env...)
-	process.Terminal = r.Tty
-	process.ConsoleSize = &specs.Box{Width: uint(r.Width), Height: uint(r.Height)}
+	command := *c.spec.Process
+	command.Args = r.Args
+	command.Env = append(append([]string(nil), command.Env...), r.Env...)
+	command.Terminal = r.Tty
+	command.ConsoleSize = &specs.Box{Width: uint(r.Width), Height: uint(r.Height)}
 	if r.Cwd != "" {
-		process.Cwd = r.Cwd
+		command.Cwd = r.Cwd
 	}
 	cg := cgroup(c.cgroup.file("exec-" + r.ExecId))
 	if err := os.Mkdir(string(cg), 0o755); err != nil {
 		return nil, fmt.Errorf("create cgroup: %w", err)
 	}
-	p, err := a.newStdio(r.Tty, r.Stdin, process.ConsoleSize)
+	var p *process
+	var err error
+	if r.Tty {
+		if s, slave, terr := containerTerminal(init, r.Width, r.Height); terr == nil {
+			p = newProcess(s, [3]*os.File{slave, slave, slave})
+		} else {
+			// An image without a devpts has terminals too, without a name.
+			a.log.Debugf("container %s: %v", c.id, terr)
+		}
+	}
+	if p == nil {
+		p, err = a.newStdio(r.Tty, r.Stdin, command.ConsoleSize)
+	}
 	if err != nil {
 		_ = cg.remove()
 		return nil, fmt.Errorf("standard streams: %w", err)
@@ -84,7 +96,7 @@ func (a *Agent) exec(ctx context.Context, sb *sandbox, c *ctr, init *process, r 
 		p.stdio.stdin.once = true
 	}
 	config := &container.Config{
-		Spec: specs.Spec{Process: &process, Linux: &specs.Linux{Seccomp: c.spec.Linux.Seccomp}},
+		Spec: specs.Spec{Process: &command, Linux: &specs.Linux{Seccomp: c.spec.Linux.Seccomp}},
 		User: c.runAs(),
 		// Descriptor 4 is the container's pidfd, which stands for all of its
 		// namespaces.

@@ -90,7 +90,7 @@ func loadModule(root int, name string) error {
 }
 
 // RunModprobe is the program that the kernel starts when it wants a module:
-// args are what follows its name, "-q -- NAME". It runs in the initramfs.
+// args are what follows its name, "-q -- NAME". Its root is the agent's.
 func RunModprobe(args []string) int {
 	if len(args) == 0 {
 		return 2

@@ -51,7 +51,7 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 	// Before anything that takes time stamps or random numbers.
 	s.run("clock", func() error { return setClock(r.UnixNanos) })
 	s.run("entropy", func() error { return addEntropy(r.Entropy) })
-	s.run("boot", func() error { return a.require(ctx) })
+	s.run("boot", func() error { return a.await(ctx, a.networked) })
 	s.run("pod-init", func() error {
 		pod, err := startPodInit(a.reaper, a.paths.exe, r.PidMode == api.NamespaceMode_POD)
 		if err != nil {

@@ -99,27 +99,65 @@ func pipe(mode int) (r, w *os.File, err error) {
 	return os.NewFile(uintptr(fds[0]), "pipe"), os.NewFile(uintptr(fds[1]), "pipe"), nil
 }
 
+// containerTerminal opens a terminal of the devpts that a running container has,
+// so that ttyname(3) works in an exec. The container is hostile: nothing that is
+// not the ptmx of a devpts is opened.
+func containerTerminal(init *process, width, height uint32) (*stdio, *os.File, error) {
+	root, err := unix.Open("/proc/"+strconv.Itoa(init.pid)+"/root", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, os.NewSyscallError("open the container's root", err)
+	}
+	defer unix.Close(root)
+	path, err := unix.Openat2(root, "dev/pts/ptmx", &unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_SYMLINKS,
+	})
+	if err != nil {
+		return nil, nil, os.NewSyscallError("open the container's ptmx", err)
+	}
+	defer unix.Close(path)
+	var st unix.Stat_t
+	var fs unix.Statfs_t
+	if err := errors.Join(unix.Fstat(path, &st), unix.Fstatfs(path, &fs)); err != nil {
+		return nil, nil, err
+	}
+	if fs.Type != unix.DEVPTS_SUPER_MAGIC || st.Mode&unix.S_IFMT != unix.S_IFCHR || uint64(st.Rdev) != unix.Mkdev(5, 2) {
+		return nil, nil, errors.New("the container's /dev/pts/ptmx is something else")
+	}
+	// The pid was the container's when its root was opened, if it still is.
+	if err := init.signal(0); err != nil || init.hasExited() {
+		return nil, nil, preconditionf("the container has stopped")
+	}
+	fd, err := unix.Open("/proc/self/fd/"+strconv.Itoa(path), unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, nil, os.NewSyscallError("open the container's ptmx", err)
+	}
+	return terminal(fd, width, height)
+}
+
 // newTerminal opens a terminal of the devpts at dir (/dev/pts).
 func newTerminal(dir string, width, height uint32) (*stdio, *os.File, error) {
 	fd, err := unix.Open(dir+"/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, nil, &os.PathError{Op: "open", Path: dir + "/ptmx", Err: err}
 	}
-	master := os.NewFile(uintptr(fd), dir+"/ptmx")
+	return terminal(fd, width, height)
+}
+
+// terminal makes the streams of a terminal from its master, which it owns, and
+// opens the slave.
+func terminal(fd int, width, height uint32) (*stdio, *os.File, error) {
+	master := os.NewFile(uintptr(fd), "ptmx")
 	if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
 		master.Close()
 		return nil, nil, os.NewSyscallError("unlock terminal", err)
 	}
-	n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
-	if err != nil {
+	peer, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.TIOCGPTPEER, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC)
+	if e != 0 {
 		master.Close()
-		return nil, nil, os.NewSyscallError("name terminal", err)
+		return nil, nil, os.NewSyscallError("open terminal", e)
 	}
-	slave, err := os.OpenFile(dir+"/"+strconv.Itoa(n), os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		master.Close()
-		return nil, nil, err
-	}
+	slave := os.NewFile(uintptr(peer), "terminal")
 	s := &stdio{master: newEndpoint(master)}
 	if width == 0 || height == 0 {
 		width, height = 80, 24

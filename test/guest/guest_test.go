@@ -62,6 +62,9 @@ func TestPod(t *testing.T) {
 				{"Target", testTarget},
 				{"BadRequests", testBadRequests},
 				{"Devices", testDevices},
+				{"Modules", testModules},
+				{"Vsock", testVsock},
+				{"Restarts", testRestarts},
 				{"Stats", testStats},
 				{"NothingLeft", testNothingLeft},
 			} {
@@ -415,6 +418,42 @@ func testTerminal(t *testing.T, v *vm, layers []string) {
 	if _, err := v.agent.RemoveExec(v.ctx(), &api.RemoveExecRequest{Id: "main", ExecId: "tty"}); err != nil {
 		t.Error(err)
 	}
+	// The terminal is one of the container's own.
+	if _, err := v.agent.Exec(v.ctx(), &api.ExecRequest{Id: "main", ExecId: "tty", Args: []string{"/probe", "ttyname"}, Tty: true}); err != nil {
+		t.Fatal(err)
+	}
+	wantContains(t, "ttyname", v.output(api.Terminal, "main", "tty")(), "/dev/pts/0 true")
+	if _, err := v.agent.RemoveExec(v.ctx(), &api.RemoveExecRequest{Id: "main", ExecId: "tty"}); err != nil {
+		t.Error(err)
+	}
+}
+
+// testModules: the kernel loads what a container needs, by way of the agent.
+func testModules(t *testing.T, v *vm, _ []string) {
+	const netfilter = "12"
+	if got, code := v.exec("main", "socket", "/probe", "socket", netfilter); code != 0 {
+		t.Errorf("netfilter socket: %s", got)
+	}
+}
+
+// testVsock: a container can't speak to the agent.
+func testVsock(t *testing.T, v *vm, _ []string) {
+	got, code := v.exec("main", "vsock", "/probe", "vsock")
+	t.Logf("%s", got)
+	if code != 0 {
+		t.Error("the agent's sockets are open to containers")
+	}
+}
+
+// testRestarts: one container, again and again (T38).
+func testRestarts(t *testing.T, v *vm, layers []string) {
+	start := time.Now()
+	for i := range 40 {
+		if got, w := v.run(request("again", layers), spec("echo", "x")); got != "x\n" || w.ExitCode != 0 {
+			t.Fatalf("restart %d: %q, %v", i, got, w)
+		}
+	}
+	t.Logf("%v each", time.Since(start)/40)
 }
 
 // testBackPressure: what nobody reads stays with the process (T17).

@@ -36,16 +36,16 @@ const podMAC = "52:54:00:12:34:56"
 
 // vm is a running guest.
 type vm struct {
-	t      *testing.T
-	device *vhostvsock.Device
-	agent  api.AgentService
-	client *ttrpc.Client
-	dir    string
-	layers string
-	vols   string
-	qemu   *exec.Cmd
-	gone   chan struct{}
-	booted time.Duration // from exec to the first answer
+	t       *testing.T
+	device  *vhostvsock.Device
+	agent   api.AgentService
+	client  *ttrpc.Client
+	dir     string
+	layers  string
+	vols    string
+	qemu    *exec.Cmd
+	gone    chan struct{}
+	started time.Time
 }
 
 // build builds a program of this module for arch.
@@ -178,7 +178,7 @@ func boot(t *testing.T, o options) *vm {
 	v.qemu.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	// PDEATHSIG strikes when the thread that forked ends.
 	runtime.LockOSThread()
-	start := time.Now()
+	v.started = time.Now()
 	err = v.qemu.Start()
 	runtime.UnlockOSThread()
 	if err != nil {
@@ -216,8 +216,7 @@ func boot(t *testing.T, o options) *vm {
 	if err != nil {
 		t.Fatal(err)
 	}
-	v.booted = time.Since(start)
-	t.Logf("%s: kernel %s, agent answers after %v", o.arch, hello.KernelRelease, v.booted)
+	t.Logf("%s: kernel %s, agent answers after %v", o.arch, hello.KernelRelease, time.Since(v.started))
 	return v
 }
 
@@ -314,6 +313,7 @@ func (v *vm) sandbox(mode api.NamespaceMode) {
 	if err != nil {
 		v.t.Fatal(err)
 	}
+	v.t.Logf("sandbox is set up %v after the start of QEMU", time.Since(v.started))
 	for _, s := range r.Steps {
 		v.t.Logf("sandbox: %s %v", s.Name, time.Duration(s.Nanos))
 	}
