@@ -341,14 +341,12 @@ func (t *translation) mounts(c *runtimeapi.ContainerConfig) error {
 		if m.GetPropagation() == runtimeapi.MountPropagation_PROPAGATION_HOST_TO_CONTAINER {
 			opts[1] = "rslave"
 		}
-		// Read-only is enforced on the host; saying it in the guest too gives the
-		// error that programs expect.
-		switch {
-		case m.GetRecursiveReadOnly():
+		// The host makes the volume's top read-only (T1, T3). Saying so in the guest
+		// too would reach the mounts below it, which only a recursive read-only
+		// volume may lose: they appear there as automounts and inherit the flag.
+		if m.GetRecursiveReadOnly() {
 			opts = append(opts, "rro")
-		case m.GetReadonly():
-			opts = append(opts, "ro")
-		default:
+		} else {
 			opts = append(opts, "rw")
 		}
 		for _, o := range m.GetMountOptions() {

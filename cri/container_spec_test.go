@@ -273,7 +273,7 @@ func TestExecSyncOutputIsCapped(t *testing.T) {
 			t.Fatal(n, err)
 		}
 	}
-	if c.Len() != maxExecSyncOutput {
+	if c.kept.Len() != maxExecSyncOutput {
 		t.Errorf("kept %d bytes", c.Len())
 	}
 }

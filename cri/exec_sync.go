@@ -42,14 +42,16 @@ func (s *Server) ExecSync(ctx context.Context, req *runtimeapi.ExecSyncRequest) 
 		}
 		return nil, err
 	}
-	return &runtimeapi.ExecSyncResponse{Stdout: stdout.Bytes(), Stderr: stderr.Bytes(), ExitCode: code}, nil
+	return &runtimeapi.ExecSyncResponse{Stdout: stdout.kept.Bytes(), Stderr: stderr.kept.Bytes(), ExitCode: code}, nil
 }
 
-// capped keeps the first maxExecSyncOutput bytes written to it and drops the rest.
-type capped struct{ bytes.Buffer }
+// capped keeps the first maxExecSyncOutput bytes written to it and drops the
+// rest. The buffer is not embedded: io.Copy would find its ReadFrom and go
+// around the cap.
+type capped struct{ kept bytes.Buffer }
 
 func (c *capped) Write(p []byte) (int, error) {
-	c.Buffer.Write(p[:min(len(p), maxExecSyncOutput-c.Len())])
+	c.kept.Write(p[:min(len(p), maxExecSyncOutput-c.kept.Len())])
 	return len(p), nil
 }
 

@@ -27,7 +27,7 @@ func (s *Server) LoadImage(stream nodeapi.Node_LoadImageServer) error {
 	defer archive.Close()
 	images, err := s.Images.Load(stream.Context(), archive, func(p imageservice.Progress) {
 		// A client that is gone ends the context, which ends the load.
-		_ = stream.Send(&nodeapi.LoadImageResponse{What: string(p.Stage), DoneBytes: p.Bytes, TotalBytes: p.Total})
+		_ = stream.Send(&nodeapi.LoadImageResponse{What: p.Stage, DoneBytes: p.Bytes, TotalBytes: p.Total})
 	})
 	if err != nil {
 		return err

@@ -66,8 +66,13 @@ type Server struct {
 	grpc      *grpc.Server
 }
 
-// maxMessage bounds one gRPC message, as the kubelet's own client does.
-const maxMessage = 16 << 20
+const (
+	// maxMessage bounds what a client may send, as the kubelet's own client does.
+	maxMessage = 16 << 20
+	// maxAnswer has room for the largest answer, an ExecSync with both outputs at
+	// their cap (T19). What the client takes is the client's bound.
+	maxAnswer = 2*maxExecSyncOutput + 1<<20
+)
 
 // New makes the server and opens the streaming listener.
 func New(o Options) (*Server, error) {
@@ -76,7 +81,7 @@ func New(o Options) (*Server, error) {
 		return nil, err
 	}
 	s.grpc = grpc.NewServer(
-		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),
+		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxAnswer),
 		grpc.ChainUnaryInterceptor(unaryErrors),
 		grpc.ChainStreamInterceptor(streamErrors),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),

@@ -97,7 +97,15 @@ func (s *Server) checkRunning(id string) error {
 type streamRuntime struct{ s *Server }
 
 func (r streamRuntime) Exec(ctx context.Context, id string, cmd []string, in io.Reader, out, errw io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize) error {
-	stdio := execIO{in: in, tty: tty, resize: resizeFrom(ctx, resize)}
+	// A terminal whose client is gone is hung up. The HTTP connection was taken
+	// over, so its context says nothing; the end of the size updates does.
+	ctx, hangUp := context.WithCancel(ctx)
+	defer hangUp()
+	sizes := resizeFrom(ctx, resize)
+	stdio := execIO{in: in, tty: tty, resize: func(set func(w, h uint16)) {
+		sizes(set)
+		hangUp()
+	}}
 	if out != nil {
 		stdio.out = out
 	}
@@ -130,7 +138,7 @@ func resizeFrom(ctx context.Context, sizes <-chan remotecommand.TerminalSize) fu
 	}
 }
 
-func (r streamRuntime) Attach(ctx context.Context, id string, in io.Reader, out, errw io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize) error {
+func (r streamRuntime) Attach(ctx context.Context, id string, in io.Reader, out, errw io.WriteCloser, _ bool, resize <-chan remotecommand.TerminalSize) error {
 	c, err := r.s.Pods.Container(id)
 	if err != nil {
 		return err
@@ -146,42 +154,58 @@ func (r streamRuntime) Attach(ctx context.Context, id string, in io.Reader, out,
 	}
 	outputs := make(chan error, 2)
 	n := 0
-	output := func(k guestapi.Kind, w io.Writer) error {
-		st, err := open(k)
-		if err != nil {
-			return err
-		}
+	output := func(st *guestapi.Stream, w io.Writer) {
 		n++
 		go func() { _, err := io.Copy(w, st); outputs <- err }()
-		return nil
 	}
-	// With a terminal there is one output; the shim serves it as stdout.
-	if out != nil {
-		if err := output(guestapi.Stdout, out); err != nil {
-			return err
-		}
-	}
-	if errw != nil && !tty {
-		if err := output(guestapi.Stderr, errw); err != nil {
-			return err
-		}
-	}
-	if in != nil {
-		st, err := open(guestapi.Stdin)
+	if c.Config().GetTty() {
+		st, err := open(guestapi.Terminal)
 		if err != nil {
 			return err
 		}
+		// Read in any case: a client that lags is disconnected (T18).
+		if out != nil {
+			output(st, out)
+		} else {
+			output(st, io.Discard)
+		}
+		if in != nil {
+			// The end of one client's input is not the terminal's.
+			go func() { _, _ = io.Copy(st, in) }()
+		}
 		go func() {
-			if _, err := io.Copy(st, in); err == nil {
-				_ = st.CloseWrite()
-			}
-			if n == 0 {
-				cancel() // nothing else to wait for
-			}
+			resizeFrom(ctx, resize)(func(w, h uint16) { _ = c.Resize(ctx, uint32(w), uint32(h)) })
+			cancel() // the client is gone
 		}()
-	}
-	if tty {
-		go resizeFrom(ctx, resize)(func(w, h uint16) { _ = c.Resize(ctx, uint32(w), uint32(h)) })
+	} else {
+		for _, o := range []struct {
+			kind guestapi.Kind
+			to   io.Writer
+			want bool
+		}{{guestapi.Stdout, out, out != nil}, {guestapi.Stderr, errw, errw != nil}} {
+			if !o.want {
+				continue
+			}
+			st, err := open(o.kind)
+			if err != nil {
+				return err
+			}
+			output(st, o.to)
+		}
+		if in != nil {
+			st, err := open(guestapi.Stdin)
+			if err != nil {
+				return err
+			}
+			go func() {
+				if _, err := io.Copy(st, in); err == nil {
+					_ = st.CloseWrite()
+				}
+				if n == 0 {
+					cancel() // nothing else to wait for
+				}
+			}()
+		}
 	}
 	for range n {
 		select {
