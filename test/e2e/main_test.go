@@ -204,7 +204,7 @@ func inner(m *testing.M, base string) (code int, err error) {
 	code = m.Run()
 	err = suite.node.finish()
 	if code != 0 || err != nil {
-		suite.node.printLog(os.Stderr, 60)
+		suite.node.printLog(os.Stderr, 25)
 	}
 	fmt.Printf("e2e: %d boots, %.0f s (of which %.0f s to prepare)\n", boots.Load(), time.Since(suite.started).Seconds(), prepared.Seconds())
 	return code, err
