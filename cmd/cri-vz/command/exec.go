@@ -50,7 +50,7 @@ func (c *client) exec(cmd *cobra.Command, id string, args []string, stdin, tty b
 		if err != nil {
 			return err
 		}
-		defer term.Restore(fd, old)
+		defer func() { _ = term.Restore(fd, old) }()
 	}
 	if tty {
 		first.Width, first.Height = terminalSize()
