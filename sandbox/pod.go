@@ -287,7 +287,8 @@ func (p *Pod) killShim(ctx context.Context) error {
 		sctx, cancel := context.WithTimeout(ctx, shimStop)
 		_, err := ask(sctx, c.Stop, &shimapi.StopRequest{})
 		cancel()
-		if err == nil {
+		// An answer that was cut off by the shim's end is an answer.
+		if err == nil || errdefs.IsUnavailable(err) {
 			wctx, cancel := context.WithTimeout(ctx, shimEnd)
 			err = proc.wait(wctx)
 			cancel()

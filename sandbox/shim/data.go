@@ -128,13 +128,20 @@ func (s *Shim) attach(conn net.Conn, h guestapi.Header) {
 			err = fmt.Errorf("container %s: it has no %v stream, its tty is %v: %w", c.id, h.Kind, c.tty, errdefs.ErrFailedPrecondition)
 		}
 	}
-	stream, err := guestapi.Accept(conn, err)
 	if err != nil {
+		_, _ = guestapi.Accept(conn, err)
 		return
 	}
 	fan := &c.stdout
 	if h.Kind == guestapi.Stderr {
 		fan = &c.stderr
+	}
+	// First this: a client that was let in misses nothing from then on.
+	sub := fan.subscribe()
+	defer fan.unsubscribe(sub)
+	stream, err := guestapi.Accept(conn, nil)
+	if err != nil {
+		return
 	}
 	gone := make(chan struct{})
 	var reader sync.WaitGroup
@@ -147,7 +154,7 @@ func (s *Shim) attach(conn net.Conn, h guestapi.Header) {
 			close(gone) // vanished, or broke off
 		}
 	})
-	fan.attach(stream, gone)
+	sub.send(stream, gone)
 	reader.Wait()
 }
 

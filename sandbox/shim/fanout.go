@@ -25,8 +25,7 @@ type fanout struct {
 
 // subscriber is one attached client's output.
 type subscriber struct {
-	stream *guestapi.Stream
-	wake   chan struct{}
+	wake chan struct{}
 
 	mu    sync.Mutex
 	queue []byte
@@ -57,27 +56,34 @@ func (f *fanout) close(reason string) {
 	f.subs = nil
 }
 
-// attach follows the stream and returns when it has ended, the client has
-// lagged, or gone is closed because the client vanished. It closes the stream.
-func (f *fanout) attach(stream *guestapi.Stream, gone <-chan struct{}) {
-	s := &subscriber{stream: stream, wake: make(chan struct{}, 1)}
+// subscribe begins to collect what the container writes for a client.
+func (f *fanout) subscribe() *subscriber {
+	s := &subscriber{wake: make(chan struct{}, 1)}
 	f.mu.Lock()
+	defer f.mu.Unlock()
 	if f.closed {
 		s.end = true
 		s.wake <- struct{}{}
-	} else {
-		if f.subs == nil {
-			f.subs = make(map[*subscriber]struct{})
-		}
-		f.subs[s] = struct{}{}
+		return s
 	}
-	f.mu.Unlock()
-	defer func() {
-		f.mu.Lock()
-		delete(f.subs, s)
-		f.mu.Unlock()
-		stream.Close()
-	}()
+	if f.subs == nil {
+		f.subs = make(map[*subscriber]struct{})
+	}
+	f.subs[s] = struct{}{}
+	return s
+}
+
+func (f *fanout) unsubscribe(s *subscriber) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.subs, s)
+}
+
+// send writes what was collected to the client until the container's stream
+// has ended, the client has lagged, or gone is closed because it vanished. It
+// closes stream.
+func (s *subscriber) send(stream *guestapi.Stream, gone <-chan struct{}) {
+	defer stream.Close()
 	for {
 		select {
 		case <-gone:

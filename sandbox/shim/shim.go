@@ -120,7 +120,9 @@ func serve(ctx context.Context, c Config, d vmm.Driver, tap *os.File, v *volumes
 		}
 		cancel()
 	}
-	// The answer to Stop gets a moment to leave, and Watch streams to end.
+	// The answer to Stop gets a moment to leave: Shutdown takes a connection for
+	// idle whose call is just being answered.
+	time.Sleep(10 * time.Millisecond)
 	shutdown, cancel := context.WithTimeout(context.Background(), time.Second)
 	_ = server.Shutdown(shutdown)
 	cancel()

@@ -1,0 +1,82 @@
+// Command app is what the tests' containers run: a static program, so that its
+// image is one layer with one file.
+package main
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/signal"
+	"strconv"
+	"syscall"
+	"time"
+)
+
+func main() {
+	arg := func(i int) string {
+		if i < len(os.Args) {
+			return os.Args[i]
+		}
+		return ""
+	}
+	switch arg(1) {
+	case "echo":
+		fmt.Println(arg(2))
+		fmt.Fprintln(os.Stderr, "err "+arg(2))
+	case "cat":
+		_, _ = io.Copy(os.Stdout, os.Stdin)
+	case "exit":
+		n, _ := strconv.Atoi(arg(2))
+		os.Exit(n)
+	case "count": // a line every 10 ms, for ever
+		for i := 0; ; i++ {
+			fmt.Println("line", i)
+			time.Sleep(10 * time.Millisecond)
+		}
+	case "sleep":
+		c := make(chan os.Signal, 1)
+		signal.Notify(c, syscall.SIGTERM)
+		<-c
+		os.Exit(7)
+	case "stubborn":
+		signal.Ignore(syscall.SIGTERM)
+		fmt.Println("ready")
+		time.Sleep(time.Hour)
+	case "listen": // an echo server
+		l, err := net.Listen("tcp", ":"+arg(2))
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				os.Exit(1)
+			}
+			go func() {
+				_, _ = io.Copy(c, c)
+				c.Close()
+			}()
+		}
+	case "read":
+		b, err := os.ReadFile(arg(2))
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Stdout.Write(b)
+	case "write":
+		if err := os.WriteFile(arg(2), []byte(arg(3)), 0o644); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+	case "poweroff": // needs CAP_SYS_BOOT in the guest's own pid namespace
+		_ = syscall.Reboot(syscall.LINUX_REBOOT_CMD_POWER_OFF)
+		fmt.Fprintln(os.Stderr, "still here")
+		os.Exit(1)
+	default:
+		fmt.Fprintln(os.Stderr, "unknown", os.Args)
+		os.Exit(2)
+	}
+}
