@@ -248,10 +248,35 @@ func (c *Container) Start(ctx context.Context) error {
 	}
 	state, err := ask(ctx, client.StartContainer, &shimapi.StartContainerRequest{Id: c.id})
 	if err != nil {
+		// A command that can't be run has ended the container, and the next
+		// Status must say so; that news comes over the watch, not with the error.
+		c.awaitStartError(ctx)
 		return fmt.Errorf("start container %s: %w", c.id, err)
 	}
 	c.update(state)
 	return nil
+}
+
+// startErrorBound is how long a failed Start waits for the shim's own account of
+// it; the two leave the shim at the same moment.
+const startErrorBound = time.Second
+
+func (c *Container) awaitStartError(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, startErrorBound)
+	defer cancel()
+	for {
+		c.pod.mu.Lock()
+		phase, changed := c.state.GetPhase(), c.pod.changed
+		c.pod.mu.Unlock()
+		if phase != shimapi.Phase_CREATED {
+			return
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // Stop ends the container's process: its stop signal, the grace period, SIGKILL.
