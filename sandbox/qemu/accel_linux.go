@@ -138,13 +138,13 @@ func (d *driver) probeKey(arch, kernel string) (string, error) {
 	}
 	h := sha256.New()
 	fmt.Fprintf(h, "%s %s uid=%d\n", unix.ByteSliceToString(u.Release[:]), unix.ByteSliceToString(u.Version[:]), d.opts.UID)
-	for _, p := range []string{binary, kernel, kvmDevice} {
+	for _, p := range []string{binary, kernel, d.kvm} {
 		st, err := os.Stat(p)
 		if err != nil {
 			return "", err
 		}
 		stamp := st.ModTime()
-		if p == kvmDevice {
+		if p == d.kvm {
 			stamp = time.Time{} // changes with each use
 		}
 		fmt.Fprintf(h, "%q %d %s %s\n", p, st.Size(), st.Mode(), stamp.UTC())
@@ -205,7 +205,9 @@ func (d *driver) probeKVM(ctx context.Context, arch, kernel, initrd string) (err
 
 	opts := d.opts
 	opts.Accel = AccelKVM
-	m, err := newDriver(opts).New(bounded, vmm.Config{
+	prober := newDriver(opts)
+	prober.kvm = d.kvm
+	m, err := prober.New(bounded, vmm.Config{
 		ID: "kvm-probe", Arch: arch, Kernel: kernel, Initrd: initrd, Cmdline: "panic=-1",
 		CPUs: 1, MemoryBytes: 512 << 20, Console: write, RunDir: dir,
 	})

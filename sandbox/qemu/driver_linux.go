@@ -55,6 +55,7 @@ type driver struct {
 
 	virtiofsd    func() (virtiofsd, error) // found once
 	probeTimeout time.Duration
+	kvm          string // the device
 
 	mu     sync.Mutex
 	probes map[string]*probe // by arch
@@ -89,6 +90,7 @@ func newDriver(o Options) *driver {
 		opts:         o,
 		virtiofsd:    sync.OnceValues(func() (virtiofsd, error) { return findVirtiofsd(o.VirtiofsdPath) }),
 		probeTimeout: probeTimeout,
+		kvm:          kvmDevice,
 		probes:       map[string]*probe{},
 	}
 }
@@ -318,9 +320,18 @@ func (d *driver) kvmUsable(arch string) error {
 	if arch != runtime.GOARCH {
 		return fmt.Errorf("the host is %s, the guest %s", runtime.GOARCH, arch)
 	}
-	f, err := os.OpenFile(kvmDevice, os.O_RDWR, 0)
+	f, err := os.OpenFile(d.kvm, os.O_RDWR, 0)
 	if err != nil {
 		return err
 	}
-	return f.Close()
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	// QEMU opens it again, as a user who gets the device's group for that.
+	if m := st.Mode().Perm(); os.Geteuid() == 0 && m&0o060 != 0o060 && m&0o006 != 0o006 {
+		return fmt.Errorf("%s has mode %s and can't be opened by uid %d, which QEMU runs as: chgrp kvm and chmod 660 it", d.kvm, m, d.opts.UID)
+	}
+	return nil
 }

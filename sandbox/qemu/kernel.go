@@ -47,6 +47,7 @@ const (
 	arm64Magic    = 0x38
 	kernelHeader  = 0x300
 	noteSizeLimit = 64 << 10
+	maxSegments   = 64 // a vmlinux has five
 )
 
 func detectKernel(r io.ReaderAt, arch string) (bootProtocol, error) {
@@ -97,7 +98,7 @@ func checkPVH(r io.ReaderAt) error {
 	if f.Machine != elf.EM_X86_64 {
 		return fmt.Errorf("it is for %s, the guest is amd64", f.Machine)
 	}
-	for _, p := range f.Progs {
+	for _, p := range f.Progs[:min(len(f.Progs), maxSegments)] {
 		if p.Type != elf.PT_NOTE || p.Filesz > noteSizeLimit {
 			continue
 		}

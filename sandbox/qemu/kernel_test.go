@@ -75,7 +75,7 @@ func TestDetectKernel(t *testing.T) {
 }
 
 func FuzzDetectKernel(f *testing.F) {
-	f.Add(vmlinux(62, "Xen\x00", 18))
+	f.Add(vmlinux(62, "Xen\x00", 18)[:0x220])
 	f.Add(sparse(0x400, map[int]string{0x1fe: "\x55\xaa", 0x202: "HdrS"}))
 	f.Add([]byte("\x7fELF"))
 	f.Fuzz(func(t *testing.T, b []byte) {

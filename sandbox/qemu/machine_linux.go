@@ -641,7 +641,7 @@ func (m *machine) release() error {
 func (d *driver) credential(a Accel) *syscall.Credential {
 	c := &syscall.Credential{Uid: d.opts.UID, Gid: d.opts.GID}
 	// QEMU before version 9 opens /dev/kvm by its name.
-	if st, err := os.Stat(kvmDevice); err == nil && a == AccelKVM && st.Mode().Perm()&0o060 == 0o060 {
+	if st, err := os.Stat(d.kvm); err == nil && a == AccelKVM && st.Mode().Perm()&0o060 == 0o060 {
 		c.Groups = []uint32{st.Sys().(*syscall.Stat_t).Gid}
 	}
 	return c

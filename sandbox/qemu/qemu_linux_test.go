@@ -501,6 +501,7 @@ func TestProbe(t *testing.T) {
 			}
 			d := newDriver(Options{QEMUPath: map[string]string{g.Arch: script}, UID: nobody, GID: nobody})
 			d.probeTimeout = test.timeout
+			d.kvm = os.DevNull // the script's QEMU doesn't use it
 			err = d.probeKVM(t.Context(), g.Arch, g.Kernel, g.Initrd)
 			switch {
 			case test.err == "" && err != nil:
