@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
 )
 
 // Buckets: images maps an id to an imageRecord, refs maps a reference to a
@@ -57,7 +58,7 @@ func openMetadata(path string) (*metadata, error) {
 	})
 	if err != nil {
 		// bbolt panics on some damage and errors on other; both name the file.
-		if errors.Is(err, bolt.ErrTimeout) {
+		if errors.Is(err, bolterrors.ErrTimeout) {
 			return nil, fmt.Errorf("image store %s is in use by another process; stop that one, or give this one a root of its own: %w", path, errdefs.ErrFailedPrecondition)
 		}
 		return nil, diskError(path, fmt.Errorf("open image metadata: %w", err))

@@ -14,11 +14,9 @@ import (
 // need; it bounds the regular expressions' work.
 const maxReferenceBytes = 1024
 
-// minShortID keeps a short id from being mistaken for a name: crictl prints 13
-// characters, docker 12.
-const minShortID = 12
-
 var (
+	// At least 12 characters keep a short id from being mistaken for a name:
+	// crictl prints 13, docker 12.
 	shortIDPattern = regexp.MustCompile(`^[0-9a-f]{12,64}$`)
 	fullIDPattern  = regexp.MustCompile(`^[0-9a-f]{64}$`)
 )

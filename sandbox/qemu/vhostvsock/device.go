@@ -292,7 +292,7 @@ func (d *Device) newStream(port uint32) (*stream, error) {
 	// There are far fewer streams than ports, so this ends soon.
 	f := flow{guest: port}
 	for taken := true; taken; {
-		if d.lastPort++; d.lastPort >= math.MaxUint32 { // which is VMADDR_PORT_ANY
+		if d.lastPort++; d.lastPort == math.MaxUint32 { // which is VMADDR_PORT_ANY
 			d.lastPort = firstPort
 		}
 		f.host = d.lastPort

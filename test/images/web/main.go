@@ -235,7 +235,7 @@ func tcpEcho(args []string) (int, error) {
 		}
 		go func() {
 			defer c.Close()
-			io.Copy(c, c)
+			_, _ = io.Copy(c, c) // ends when the client does
 		}()
 	}
 }
