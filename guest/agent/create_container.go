@@ -20,10 +20,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// agentScheme begins the Source of a mount that is one of the pod's own files:
-// agent://resolv.conf, hosts, hostname or shm.
-const agentScheme = "agent://"
-
 // CreateContainer mounts the root file system, makes the cgroup and the
 // standard streams, and resolves the user. A failure leaves nothing behind.
 func (a *Agent) CreateContainer(ctx context.Context, r *api.CreateContainerRequest) (*api.CreateContainerResponse, error) {
@@ -204,8 +200,8 @@ func (a *Agent) resolveMounts(c *ctr) error {
 			if err = a.pinVolume(strings.TrimPrefix(m.Source, api.VolumeScheme), target); err == nil {
 				c.volumes = append(c.volumes, target)
 			}
-		case strings.HasPrefix(m.Source, agentScheme):
-			switch name := strings.TrimPrefix(m.Source, agentScheme); name {
+		case strings.HasPrefix(m.Source, api.AgentScheme):
+			switch name := strings.TrimPrefix(m.Source, api.AgentScheme); name {
 			case "resolv.conf", "hosts", "hostname", "shm":
 				m.Source = filepath.Join(a.paths.run, "pod", name)
 				m.Type = "bind"
@@ -216,7 +212,7 @@ func (a *Agent) resolveMounts(c *ctr) error {
 		case m.Type == "image":
 			err = a.mountImage(c, m, target)
 		case m.Type == "bind" || hasBindOption(m.Options):
-			err = invalidf("source %q is neither %s nor %s", m.Source, api.VolumeScheme, agentScheme)
+			err = invalidf("source %q is neither %s nor %s", m.Source, api.VolumeScheme, api.AgentScheme)
 		default:
 			continue
 		}
@@ -300,15 +296,14 @@ func (c *ctr) syncVolumes() error {
 	}
 }
 
-// mountImage mounts an image volume: options layer=NAME, the lowest first, and
-// optionally subpath=PATH.
+// mountImage mounts an image volume; see [api.ImageLayer].
 func (a *Agent) mountImage(c *ctr, m *specs.Mount, target string) error {
 	var names, rest []string
 	sub := ""
 	for _, o := range m.Options {
-		if v, ok := strings.CutPrefix(o, "layer="); ok {
+		if v, ok := strings.CutPrefix(o, api.ImageLayer); ok {
 			names = append(names, v)
-		} else if v, ok := strings.CutPrefix(o, "subpath="); ok {
+		} else if v, ok := strings.CutPrefix(o, api.ImageSubpath); ok {
 			sub = v
 		} else {
 			rest = append(rest, o)

@@ -43,7 +43,8 @@ type endpoint struct {
 	idle     chan struct{} // closed when attached has been let go
 	closed   bool
 
-	pending []byte // read but not delivered; of whoever is attached
+	pending []byte      // read but not delivered; of whoever is attached
+	stuck   atomic.Bool // pending is not empty, and nobody is attached
 }
 
 func newEndpoint(f *os.File) *endpoint {
@@ -259,13 +260,16 @@ func (e *endpoint) drain(exited time.Time, stop <-chan struct{}) {
 		e.mu.Lock()
 		attached := e.attached != nil
 		e.mu.Unlock()
-		if !attached && e.empty() {
-			return // nobody can miss an end of file alone
-		}
 		last := time.Unix(0, max(e.moved.Load(), exited.UnixNano()))
 		until := last.Add(drainIdle)
 		if !attached {
-			until = last.Add(drainUnattached)
+			data, open := e.peek()
+			if !data && !open {
+				return // nobody misses an end of file alone
+			}
+			if data {
+				until = last.Add(drainUnattached)
+			}
 		}
 		if far := exited.Add(drainMax); far.Before(until) {
 			until = far
@@ -287,20 +291,20 @@ func (e *endpoint) drain(exited time.Time, stop <-chan struct{}) {
 	}
 }
 
-// empty says that all writers are gone and have left nothing in the pipe. Only
-// for an endpoint without a stream.
-func (e *endpoint) empty() bool {
+// peek says whether there is output to be read, and whether there are writers
+// that may make more. Only for an endpoint without a stream.
+func (e *endpoint) peek() (data, open bool) {
 	c, err := e.f.SyscallConn()
 	if err != nil {
-		return true // closed
+		return false, false // closed
 	}
-	nothing := true
-	err = c.Control(func(fd uintptr) {
+	_ = c.Control(func(fd uintptr) {
 		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		n, err := unix.Poll(p, 0)
-		nothing = err == nil && n == 1 && p[0].Revents&unix.POLLIN == 0 && p[0].Revents&unix.POLLHUP != 0
+		if _, err := unix.Poll(p, 0); err == nil {
+			data, open = p[0].Revents&unix.POLLIN != 0, p[0].Revents&unix.POLLHUP == 0
+		}
 	})
-	return err != nil || nothing
+	return data || e.stuck.Load(), open
 }
 
 // past is a deadline that ends whatever is blocked.
@@ -386,8 +390,10 @@ func (e *endpoint) pumpOut(s *api.Stream, buf []byte) bool {
 		e.pending = e.pending[n:]
 		if err != nil {
 			e.pending = append([]byte(nil), e.pending...) // buf is not e's
+			e.stuck.Store(true)
 			return false
 		}
+		e.stuck.Store(false)
 		e.moved.Store(time.Now().UnixNano())
 	}
 }

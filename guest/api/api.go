@@ -31,5 +31,18 @@ const (
 	DiskScratch = "scratch"
 )
 
+// AgentScheme begins the Source of an OCI mount that is one of the pod's own
+// files, which the agent makes in SetUpSandbox: agent://resolv.conf,
+// agent://hosts, agent://hostname and agent://shm (64 MiB, shared by the pod).
+const AgentScheme = "agent://"
+
+// Options of an OCI mount of Type "image": ImageLayer before the name of each
+// layer in [ShareLayers], the lowest first, and at most one ImageSubpath before a
+// path in the image. The mount is read-only; its Source is not looked at.
+const (
+	ImageLayer   = "layer="
+	ImageSubpath = "subpath="
+)
+
 // VolumeScheme begins the Source of an OCI mount that lies in [ShareVolumes].
 const VolumeScheme = "volume://"

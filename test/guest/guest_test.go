@@ -509,7 +509,7 @@ func testLeftBehind(t *testing.T, v *vm, layers []string) {
 	if w, err := v.agent.Wait(v.ctx(), &api.WaitRequest{Id: "main", ExecId: "left"}); err != nil || w.ExitCode != 0 {
 		t.Errorf("got %v, %v", w, err)
 	}
-	if d := time.Since(start); d > 15*time.Second {
+	if d := time.Since(start); d > 4*time.Second {
 		t.Errorf("Wait took %v", d)
 	}
 	// The child lives on, as it would under runc.
