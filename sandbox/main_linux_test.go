@@ -18,6 +18,7 @@ import (
 
 	"github.com/Microsoft/hcsshim/ext4/tar2ext4"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"go.uber.org/goleak"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	guestapi "github.com/cri-vz/cri-vz/guest/api"
@@ -36,7 +37,9 @@ func TestMain(m *testing.M) {
 		case "shim":
 			os.Exit(shim.Main(os.Args[2:]))
 		case "fake-shim":
-			os.Exit(fakeShim(os.Args[2]))
+			os.Exit(fakeShim(os.Args[2], &shimtest.Driver{}))
+		case "no-boot-shim":
+			os.Exit(fakeShim(os.Args[2], &shimtest.Driver{Hang: 99}))
 		}
 	}
 	if os.Geteuid() != 0 {
@@ -44,6 +47,12 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	code := m.Run()
+	if code == 0 {
+		if err := goleak.Find(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = 1
+		}
+	}
 	if built.dir != "" {
 		os.RemoveAll(built.dir)
 	}
@@ -51,10 +60,10 @@ func TestMain(m *testing.M) {
 }
 
 // fakeShim is a real shim process whose guests are not real.
-func fakeShim(podDir string) int {
+func fakeShim(podDir string, d *shimtest.Driver) int {
 	c, err := shim.ReadConfig(podDir)
 	if err == nil {
-		err = shim.Run(c, &shimtest.Driver{})
+		err = shim.Run(c, d)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -198,6 +207,7 @@ func newFakeEnv(t testing.TB) *env {
 		Classes:     map[string]Class{"": {MemoryBytes: 1 << 20, ReserveBytes: 1 << 20}},
 		ShimCommand: []string{self(t), "fake-shim"},
 		CgroupRoot:  "cri-vz-test-" + filepath.Base(dir),
+		Timeouts:    shim.Timeouts{BootStall: shim.Duration(200 * time.Millisecond)},
 	})
 }
 

@@ -8,15 +8,18 @@ import (
 )
 
 const (
-	// attachQueue is how far an attach client may lag behind the container
-	// before it is disconnected (T18).
+	// attachQueue is how many bytes an attach client may be behind the container.
 	attachQueue = 1 << 20
+	// attachPatience is for how long, in sum, a client that is so far behind may
+	// hold the container up before it is disconnected (T18). One that catches up
+	// in between gets it anew.
+	attachPatience = time.Second
 	// attachWrite bounds one write to an attach client.
 	attachWrite = 10 * time.Second
 )
 
-// fanout hands one output stream of a container to whoever is attached. Write
-// never waits for a client.
+// fanout hands one output stream of a container to whoever is attached. It has
+// one writer.
 type fanout struct {
 	mu     sync.Mutex
 	subs   map[*subscriber]struct{}
@@ -25,21 +28,32 @@ type fanout struct {
 
 // subscriber is one attached client's output.
 type subscriber struct {
-	wake chan struct{}
+	wake chan struct{} // there is something to send
+	room chan struct{} // something was taken to be sent
+	left chan struct{} // nobody sends any more
 
-	mu    sync.Mutex
-	queue []byte
-	end   bool   // no more comes after the queue
-	fate  string // not empty: break off with this reason
+	waited time.Duration // that the container waited; the writer's only
+
+	mu       sync.Mutex
+	queue    []byte
+	caughtUp bool
+	end      bool   // no more comes after the queue
+	fate     string // not empty: break off with this reason
 }
 
-// Write gives p to every client; those that lag are broken off.
+// Write gives p to every client; those that lag too far are broken off.
 func (f *fanout) Write(p []byte) (int, error) {
 	f.mu.Lock()
-	defer f.mu.Unlock()
+	subs := make([]*subscriber, 0, len(f.subs))
 	for s := range f.subs {
+		subs = append(subs, s)
+	}
+	f.mu.Unlock()
+	for _, s := range subs {
 		if !s.put(p) {
+			f.mu.Lock()
 			delete(f.subs, s)
+			f.mu.Unlock()
 		}
 	}
 	return len(p), nil
@@ -58,7 +72,7 @@ func (f *fanout) close(reason string) {
 
 // subscribe begins to collect what the container writes for a client.
 func (f *fanout) subscribe() *subscriber {
-	s := &subscriber{wake: make(chan struct{}, 1)}
+	s := &subscriber{wake: make(chan struct{}, 1), room: make(chan struct{}, 1), left: make(chan struct{})}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.closed {
@@ -73,10 +87,12 @@ func (f *fanout) subscribe() *subscriber {
 	return s
 }
 
+// unsubscribe is called once by whoever subscribed.
 func (f *fanout) unsubscribe(s *subscriber) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	delete(f.subs, s)
+	close(s.left)
 }
 
 // send writes what was collected to the client until the container's stream
@@ -102,6 +118,7 @@ func (s *subscriber) send(stream *guestapi.Stream, gone <-chan struct{}) {
 			if _, err := stream.Write(b); err != nil {
 				return
 			}
+			s.sent()
 		}
 		if end {
 			_ = stream.CloseWrite()
@@ -110,17 +127,37 @@ func (s *subscriber) send(stream *guestapi.Stream, gone <-chan struct{}) {
 	}
 }
 
+// put queues p, and waits for room within what is left of the patience.
 func (s *subscriber) put(p []byte) bool {
-	s.mu.Lock()
-	ok := len(s.queue)+len(p) <= attachQueue
-	if ok {
-		s.queue = append(s.queue, p...)
-	} else {
-		s.fate = "attach client reads too slowly: it is more than 1 MiB behind the container"
+	for {
+		s.mu.Lock()
+		if s.caughtUp {
+			s.caughtUp, s.waited = false, 0
+		}
+		ok := len(s.queue)+len(p) <= attachQueue
+		if ok {
+			s.queue = append(s.queue, p...)
+		} else if s.waited >= attachPatience {
+			s.fate = "attach client reads too slowly: it is more than 1 MiB behind the container"
+		}
+		done := ok || s.fate != ""
+		s.mu.Unlock()
+		if done {
+			s.poke()
+			return ok
+		}
+		start := time.Now()
+		t := time.NewTimer(attachPatience - s.waited)
+		select {
+		case <-s.room:
+		case <-s.left:
+			t.Stop()
+			return false
+		case <-t.C:
+		}
+		t.Stop()
+		s.waited += time.Since(start)
 	}
-	s.mu.Unlock()
-	s.poke()
-	return ok
 }
 
 func (s *subscriber) finish(reason string) {
@@ -136,9 +173,21 @@ func (s *subscriber) finish(reason string) {
 
 func (s *subscriber) take() (b []byte, end bool, fate string) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	b, s.queue = s.queue, nil
-	return b, s.end, s.fate
+	end, fate = s.end, s.fate
+	s.mu.Unlock()
+	select {
+	case s.room <- struct{}{}:
+	default:
+	}
+	return b, end, fate
+}
+
+// sent notes whether the client has all there is.
+func (s *subscriber) sent() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.caughtUp = s.caughtUp || len(s.queue) == 0
 }
 
 func (s *subscriber) poke() {

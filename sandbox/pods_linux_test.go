@@ -1,0 +1,433 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	guestapi "github.com/cri-vz/cri-vz/guest/api"
+	"github.com/cri-vz/cri-vz/sandbox/shim"
+	shimapi "github.com/cri-vz/cri-vz/sandbox/shim/api"
+)
+
+// Two Runs of one name at once: exactly one wins, and the other learns of whom.
+func TestNameIsReservedOnce(t *testing.T) {
+	e := newFakeEnv(t)
+	var won atomic.Int32
+	var winner atomic.Value
+	var losers sync.Map
+	var wg sync.WaitGroup
+	for i := range 6 {
+		wg.Go(func() {
+			p, err := e.pods.Run(t.Context(), podConfig("one"), "")
+			switch {
+			case err == nil:
+				won.Add(1)
+				winner.Store(p.ID())
+			case errdefs.IsAlreadyExists(err):
+				losers.Store(i, err.Error())
+			default:
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if won.Load() != 1 {
+		t.Fatalf("%d won", won.Load())
+	}
+	losers.Range(func(_, v any) bool {
+		if !strings.Contains(v.(string), winner.Load().(string)) {
+			t.Errorf("%q doesn't name the holder %s", v, winner.Load())
+		}
+		return true
+	})
+	p, err := e.pods.Get(winner.Load().(string)[:6])
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := e.create(p, "c", nil, "sleep")
+	_, err = p.CreateContainer(t.Context(), e.container("c", nil, "sleep"))
+	if !errdefs.IsAlreadyExists(err) || !strings.Contains(err.Error(), c.ID()) {
+		t.Errorf("a container's name twice: %v", err)
+	}
+	if err := c.Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	e.create(p, "c", nil, "sleep") // free again
+	if err := p.Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.pods.Get(p.ID()); !errdefs.IsNotFound(err) {
+		t.Errorf("Get after Remove: %v", err)
+	}
+	e.run("one") // free again
+}
+
+// Whatever fails, the error names the step and nothing is left.
+func TestRunUndoes(t *testing.T) {
+	tests := []struct {
+		name   string
+		break_ func(o *Options)
+		want   string
+	}{
+		{"network", func(o *Options) { o.Network.(*fakeNetwork).fail = errors.New("no address left") }, "network: no address left"},
+		{"scratch", func(o *Options) {
+			o.Scratch = func(string, int64) error { return syscall.ENOSPC }
+		}, "scratch disk: no space left"},
+		{"guest", func(o *Options) {
+			o.Guest = func(string) (Guest, error) { return Guest{}, errors.New("no kernel") }
+		}, "shim: guest image: no kernel"},
+		{"shim command", func(o *Options) { o.ShimCommand = []string{"/no/such/program"} }, "shim: start /no/such/program"},
+		{"shim dies", func(o *Options) { o.ShimCommand = []string{"/bin/sh", "-c", "echo oh no; exit 3"} }, "oh no"},
+		{"memory (T4)", func(o *Options) { o.Classes = map[string]Class{"": {MemoryBytes: 1 << 50}} }, "resource exhausted"},
+		{"boot", func(o *Options) { o.ShimCommand = append(o.ShimCommand[:1:1], "no-boot-shim") }, "kernel and agent"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			e := newFakeEnv(t)
+			e.close()
+			tt.break_(&e.o)
+			e.open()
+			_, err := e.pods.Run(t.Context(), podConfig("p"), "")
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("error %v, want %q", err, tt.want)
+			}
+			e.checkNothingLeft()
+		})
+	}
+}
+
+func (e *env) checkNothingLeft() {
+	e.t.Helper()
+	for _, dir := range []string{filepath.Join(e.o.Root, "pods"), e.o.Run} {
+		if left, err := os.ReadDir(dir); len(left) != 0 || err != nil {
+			e.t.Errorf("left in %s: %v, %v", dir, left, err)
+		}
+	}
+	if ids, _ := e.o.Network.Pods(); len(ids) != 0 {
+		e.t.Errorf("networks left: %v", ids)
+	}
+	if left := processesWith(e.t, e.o.Root); len(left) != 0 {
+		e.t.Errorf("processes left: %q", left)
+	}
+	if len(e.pods.List()) != 0 || len(e.pods.names) != 0 {
+		e.t.Errorf("pods left: %v, names %v", e.pods.List(), e.pods.names)
+	}
+}
+
+func TestRunRefuses(t *testing.T) {
+	e := newFakeEnv(t)
+	for name, f := range map[string]func(*runtimeapi.PodSandboxConfig) string{
+		"no name":         func(c *runtimeapi.PodSandboxConfig) string { c.Metadata.Name = ""; return "" },
+		"unknown handler": func(*runtimeapi.PodSandboxConfig) string { return "kata" },
+		"cgroup outside":  func(c *runtimeapi.PodSandboxConfig) string { c.Linux.CgroupParent = "/a/../../b"; return "" },
+		"memory": func(c *runtimeapi.PodSandboxConfig) string {
+			c.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: -1}
+			return ""
+		},
+	} {
+		cfg := podConfig("x")
+		handler := f(cfg)
+		if _, err := e.pods.Run(t.Context(), cfg, handler); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	e.checkNothingLeft()
+}
+
+// A caller that gives up leaves nothing behind.
+func TestRunCancelled(t *testing.T) {
+	e := newFakeEnv(t)
+	e.close()
+	e.o.ShimCommand = append(e.o.ShimCommand[:1:1], "no-boot-shim")
+	e.o.Timeouts = shim.Timeouts{BootStall: shim.Duration(time.Minute)}
+	e.open()
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	start := time.Now()
+	if _, err := e.pods.Run(ctx, podConfig("p"), ""); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%v", err)
+	}
+	if took := time.Since(start); took > 8*time.Second {
+		t.Errorf("took %v", took)
+	}
+	e.checkNothingLeft()
+}
+
+// T10: a daemon that was killed half-way has its pod undone by the next one.
+func TestOpenUndoesHalfMadePods(t *testing.T) {
+	e := newFakeEnv(t)
+	p := e.run("half")
+	proc := p.rec.Shim
+	e.close()
+	rec, err := readPodRecord(p.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rec.Phase = creating
+	if err := rec.write(p.dir); err != nil {
+		t.Fatal(err)
+	}
+	// And one whose record was never written.
+	bare := strings.Repeat("ab", 32)
+	if err := os.MkdirAll(filepath.Join(e.o.Root, "pods", bare, shim.VolumesDir), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(e.o.Run, bare[:shortID]), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	e.open()
+	if proc.alive() {
+		t.Error("the half-made pod's shim lives")
+	}
+	e.checkNothingLeft()
+	e.run("half")
+}
+
+func TestSecondOpenIsRefused(t *testing.T) {
+	e := newFakeEnv(t)
+	if _, err := Open(t.Context(), e.o); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), e.o.Root) {
+		t.Errorf("%v", err)
+	}
+}
+
+// Close and Open: all is as it was, also what ended in between.
+func TestRestart(t *testing.T) {
+	e := newFakeEnv(t)
+	p := e.run("p")
+	running := e.start(e.create(p, "running", nil, "sleep"))
+	done := e.start(e.create(p, "done", nil, "exit", "9"))
+	created := e.create(p, "created", nil, "sleep")
+	await(t, "exit", 5*time.Second, exited(done))
+	before := map[string]ContainerStatus{}
+	for _, c := range []*Container{running, done, created} {
+		before[c.ID()] = c.Status()
+	}
+	e.close()
+	e.open()
+	if got := len(e.pods.Containers()); got != 3 {
+		t.Fatalf("%d containers", got)
+	}
+	for _, c := range e.pods.Containers() {
+		got, want := c.Status(), before[c.ID()]
+		got.User, want.User = nil, nil
+		if got != want {
+			t.Errorf("%s: %+v, before %+v", c.Config().GetMetadata().GetName(), got, want)
+		}
+	}
+	p2 := e.pods.List()[0]
+	if s := p2.Status(); !s.Ready || len(s.IPs) != 1 || s.CreatedAt != p.Status().CreatedAt || len(s.Steps) == 0 {
+		t.Errorf("%+v", s)
+	}
+	if _, err := e.pods.Run(t.Context(), podConfig("p"), ""); !errdefs.IsAlreadyExists(err) {
+		t.Errorf("the name after a restart: %v", err)
+	}
+	c, err := e.pods.Container(created.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.start(c)
+	if out, _, code := execIn(t, c, "/app", "echo", "x"); out != "x\n" || code != 0 {
+		t.Errorf("%q %d", out, code)
+	}
+}
+
+// T10, T11: shim killed while there is no daemon, and a reboot, after which the
+// run directory is gone, too.
+func TestShimDiesWithoutDaemon(t *testing.T) {
+	for _, reboot := range []bool{false, true} {
+		e := newFakeEnv(t)
+		p := e.run("p")
+		running := e.start(e.create(p, "running", nil, "sleep"))
+		done := e.start(e.create(p, "done", nil, "exit", "9"))
+		await(t, "exit", 5*time.Second, exited(done))
+		e.close()
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		if err := p.rec.Shim.kill(ctx); err != nil {
+			t.Fatal(err)
+		}
+		cancel()
+		if reboot {
+			if err := os.RemoveAll(e.o.Run); err != nil {
+				t.Fatal(err)
+			}
+		}
+		e.open()
+		p2 := e.pods.List()[0]
+		if s := p2.Status(); s.Ready || !strings.Contains(s.Reason, "shim") {
+			t.Errorf("%+v", s)
+		}
+		c, err := e.pods.Container(running.ID())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s := c.Status(); s.Phase != shimapi.Phase_EXITED || s.ExitCode != 255 || s.Reason != shim.ReasonSandboxGone {
+			t.Errorf("%+v", s)
+		}
+		if d, _ := e.pods.Container(done.ID()); d.Status().ExitCode != 9 {
+			t.Errorf("a real exit code was overwritten: %+v", d.Status())
+		}
+		if _, err := p2.CreateContainer(t.Context(), e.container("late", nil, "sleep")); !errdefs.IsFailedPrecondition(err) {
+			t.Errorf("create in a dead pod: %v", err)
+		}
+		if err := p2.Stop(t.Context()); err != nil {
+			t.Error(err)
+		}
+		if err := p2.Remove(t.Context()); err != nil {
+			t.Error(err)
+		}
+		e.checkNothingLeft()
+	}
+}
+
+// kill -9 of the shim under a running daemon: known within 2 s.
+func TestShimDies(t *testing.T) {
+	e := newFakeEnv(t)
+	p := e.run("p")
+	c := e.start(e.create(p, "c", nil, "sleep"))
+	if err := syscall.Kill(p.rec.Shim.PID, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "NotReady and exited", 2*time.Second, func() bool { return !p.Status().Ready && exited(c)() })
+	if s := c.Status(); s.ExitCode != 255 || s.Reason != shim.ReasonSandboxGone {
+		t.Errorf("%+v", s)
+	}
+	if err := c.Stop(t.Context(), time.Second); err != nil {
+		t.Error(err)
+	}
+	if err := c.Start(t.Context()); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("Start in a dead pod: %v", err)
+	}
+	if _, err := p.Stream(t.Context(), guestapi.Header{Kind: guestapi.Port, Port: 7}); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("Stream of a dead pod: %v", err)
+	}
+	if err := c.Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// Stop and Remove from everywhere at once.
+func TestStopAndRemoveConcurrently(t *testing.T) {
+	e := newFakeEnv(t)
+	p := e.run("p")
+	c := e.start(e.create(p, "c", nil, "stubborn"))
+	var wg sync.WaitGroup
+	for i := range 12 {
+		wg.Go(func() {
+			var err error
+			switch i % 4 {
+			case 0:
+				err = p.Stop(t.Context())
+			case 1:
+				err = p.Remove(t.Context())
+			case 2:
+				err = c.Stop(t.Context(), 100*time.Millisecond)
+			case 3:
+				err = c.Remove(t.Context())
+			}
+			if err != nil && !errdefs.IsFailedPrecondition(err) {
+				t.Errorf("%d: %v", i%4, err)
+			}
+		})
+	}
+	wg.Wait()
+	e.checkNothingLeft()
+}
+
+func TestLookUp(t *testing.T) {
+	all := map[string]int{"abc": 1, "abd": 2, "x": 3}
+	for _, tt := range []struct {
+		id    string
+		want  int
+		check func(error) bool
+	}{
+		{"abc", 1, nil}, {"x", 3, nil}, {"abd", 2, nil},
+		{"ab", 0, errdefs.IsInvalidArgument}, {"y", 0, errdefs.IsNotFound}, {"", 0, errdefs.IsInvalidArgument},
+	} {
+		got, err := lookUp("pod", tt.id, all)
+		if got != tt.want || (err == nil) != (tt.check == nil) || err != nil && !tt.check(err) {
+			t.Errorf("%q: %d, %v", tt.id, got, err)
+		}
+	}
+}
+
+func TestCgroupNames(t *testing.T) {
+	for _, tt := range []struct{ parent, want string }{
+		{"", "/cri-vz/cri-vz-x"},
+		{"/kubepods/pod1", "/kubepods/pod1/cri-vz-x"},
+		{"kubepods-burstable-pod1.slice", "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-vz-x.scope"},
+		{"/kubepods.slice/kubepods-pod1.slice", "/kubepods.slice/kubepods-pod1.slice/cri-vz-x.scope"},
+	} {
+		if got, err := cgroupNames("cri-vz", tt.parent, "x"); got != tt.want || err != nil {
+			t.Errorf("%q: %q, %v", tt.parent, got, err)
+		}
+	}
+	for _, bad := range []string{"../x", "/a/../b", "a\n", strings.Repeat("x", 2000)} {
+		if _, err := cgroupNames("cri-vz", bad, "x"); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%.20q: %v", bad, err)
+		}
+	}
+}
+
+// T4
+func TestSizeOf(t *testing.T) {
+	const mib = 1 << 20
+	limits := func(mem, quota, period int64) *runtimeapi.PodSandboxConfig {
+		c := podConfig("x")
+		c.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: mem, CpuQuota: quota, CpuPeriod: period}
+		return c
+	}
+	for _, tt := range []struct {
+		name  string
+		class Class
+		cfg   *runtimeapi.PodSandboxConfig
+		want  size
+	}{
+		{"defaults", Class{}, podConfig("x"), size{1, 576 * mib}},
+		{"class is more", Class{CPUs: 4, MemoryBytes: 2048 * mib, ReserveBytes: mib}, limits(100*mib, 100000, 100000), size{4, 2049 * mib}},
+		{"limits are more", Class{CPUs: 1, MemoryBytes: 128 * mib, ReserveBytes: mib}, limits(1024*mib+1, 250000, 100000), size{3, 1026 * mib}},
+	} {
+		if got, err := sizeOf(tt.class, tt.cfg); got != tt.want || err != nil {
+			t.Errorf("%s: %+v, %v, want %+v", tt.name, got, err, tt.want)
+		}
+	}
+}
+
+// T13
+func TestProcess(t *testing.T) {
+	start, _, err := startTime(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !(process{PID: os.Getpid(), Start: start}).alive() {
+		t.Error("this process is dead")
+	}
+	if (process{PID: os.Getpid(), Start: start + 1}).alive() || (process{}).alive() {
+		t.Error("somebody else's pid counts as alive")
+	}
+}
+
+func FuzzPodRecord(f *testing.F) {
+	f.Add([]byte(`{"schema":1,"id":"a","phase":"ready","config":{"metadata":{"name":"x"}},"shim":{"pid":1,"start":2}}`))
+	f.Add([]byte(`{"schema":2}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if r, err := parsePodRecord(b); err == nil && r.config.GetMetadata() == nil {
+			t.Fatal("no metadata")
+		}
+	})
+}
+
+func FuzzContainerRecord(f *testing.F) {
+	f.Add([]byte(`{"schema":1,"id":"a","config":{"metadata":{"name":"x"}}}`))
+	f.Fuzz(func(t *testing.T, b []byte) { _, _ = parseContainerRecord(b) })
+}
