@@ -59,7 +59,7 @@ test-unit:
 	$(SUDO) env CGO_ENABLED=1 go test -race -timeout 10m $(UNIT_PACKAGES)
 
 test-vm:
-	$(SUDO) env CGO_ENABLED=1 go test -race -p 1 -count 1 -timeout 15m $(VM_PACKAGES)
+	$(SUDO) hack/test-vm $(VM_PACKAGES)
 
 test-long: test ## what does not fit into CI's 20 minutes: fuzzing, arm64, repeats
 	$(SUDO) hack/test-long

@@ -201,6 +201,21 @@ func (s *layerStore) mountLayers(layers []*layer, target string) error {
 	return nil
 }
 
+// openIn opens what path names below root as O_PATH, without leaving root.
+func openIn(root int, path string) (fd int, err error) {
+	for range 100 {
+		fd, err = unix.Openat2(root, path, &unix.OpenHow{
+			Flags:   unix.O_PATH | unix.O_CLOEXEC,
+			Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
+		})
+		// EAGAIN: something was renamed meanwhile.
+		if err != unix.EAGAIN && err != unix.EINTR {
+			break
+		}
+	}
+	return fd, err
+}
+
 // pinBelow mounts what path names below base at target: a clone of the tree,
 // found without leaving base, so that neither a link nor a rename by another
 // container leads elsewhere, then or later. It reports whether it is a
@@ -214,15 +229,13 @@ func pinBelow(base, path, target string) (isDir bool, err error) {
 	if path == "" {
 		path = "."
 	}
-	var fd int
-	for try := 0; ; try++ {
-		fd, err = unix.Openat2(root, path, &unix.OpenHow{
-			Flags:   unix.O_PATH | unix.O_CLOEXEC,
-			Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
-		})
-		if err != unix.EAGAIN && err != unix.EINTR || try == 100 {
-			break
-		}
+	// O_PATH alone does not enter the last component, and a volume is a mount of
+	// the host's that appears here as an automount: without the "/." the clone
+	// would be of the directory below it, and the first access would mount over
+	// the clone.
+	fd, err := openIn(root, path+"/.")
+	if err == unix.ENOTDIR {
+		fd, err = openIn(root, path)
 	}
 	if errors.Is(err, unix.ENOENT) {
 		return false, notFoundf("nothing there")
