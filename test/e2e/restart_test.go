@@ -1,0 +1,140 @@
+//go:build linux
+
+package e2e_test
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// A daemon that is killed takes nothing along: the next one finds pods,
+// containers, exit codes and logs as they were, and no line is lost.
+func TestDaemonIsKilled(t *testing.T) {
+	p := sharedPodOf(t)
+	done := p.start(t, "done-before", command("/bin/exit", "5"))
+	p.waitExit(t, done, 10*time.Second)
+	counts := p.start(t, "counts", command("/bin/count", "300", "10ms"))
+	during := p.start(t, "ends-meanwhile", command("/bin/sleep", "1.5"))
+	waitForLog(t, p.container(t, counts).GetLogPath(), "line 20\n")
+	pod, first, idle := p.sandbox(t, p.id), p.container(t, done), p.container(t, p.idle)
+
+	suite.node.kill()
+	time.Sleep(2 * time.Second) // lines are written and a container ends without a daemon
+	began := time.Now()
+	if err := suite.node.start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("ready again after %v", time.Since(began))
+
+	if now := p.sandbox(t, p.id); !proto.Equal(now, pod) {
+		t.Errorf("pod %v, was %v", now, pod)
+	}
+	if now := p.container(t, done); !proto.Equal(now, first) {
+		t.Errorf("container that had ended %v, was %v", now, first)
+	}
+	if now := p.container(t, p.idle); !proto.Equal(now, idle) {
+		t.Errorf("running container %v, was %v", now, idle)
+	}
+	if st := p.container(t, during); st.GetState() != runtimeapi.ContainerState_CONTAINER_EXITED || st.GetExitCode() != 0 || st.GetReason() != "Completed" {
+		t.Errorf("the container that ended meanwhile: %v", st)
+	} else if at := time.Unix(0, st.GetFinishedAt()); at.After(began) {
+		t.Errorf("it ended at %v, before the daemon's start at %v", at, began)
+	}
+	if got := p.output(t, p.idle, "/bin/echo", "still", "here"); got != "still here\n" {
+		t.Errorf("exec: %q", got)
+	}
+	p.waitExit(t, counts, 20*time.Second)
+	wantCount(t, readLog(t, p.container(t, counts).GetLogPath()).stdout, 300)
+}
+
+// T13, T10: a shim that dies while no daemon looks is found dead.
+func TestShimDiesWithoutDaemon(t *testing.T) {
+	p := newPod(t, podConfig(suite.node, "orphan"))
+	ctr := p.start(t, "loses", command("/bin/sleep", "infinity"))
+	suite.node.kill()
+	began := time.Now()
+	killShim(t, p, ctr)
+	if err := suite.node.start(); err != nil {
+		t.Fatal(err)
+	}
+	wantGone(t, p, ctr, 255, began, 10*time.Second)
+}
+
+// A clean stop leaves pods running; a second daemon on the same root is refused
+// and harms nothing.
+func TestDaemonStopsAndSecondDaemon(t *testing.T) {
+	p := sharedPodOf(t)
+	second := newNode("second", `listen = "unix://`+filepath.Join(suite.base, "second.sock")+`"`)
+	config, err := os.ReadFile(suite.node.config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config = append([]byte(`listen = "unix://`+filepath.Join(suite.base, "second.sock")+"\"\n"), config...)
+	if err := os.WriteFile(second.config, config, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	wantRefusal(t, second, nil, suite.node.root, "another")
+	if got := p.output(t, p.idle, "/bin/echo", "unharmed"); got != "unharmed\n" {
+		t.Errorf("exec: %q", got)
+	}
+
+	if err := suite.node.stop(); err != nil {
+		t.Error(err)
+	}
+	if _, err := shimOf(p.id); err != nil {
+		t.Errorf("after the daemon's stop: %v", err)
+	}
+	if _, err := os.Stat(suite.node.socket); err == nil {
+		t.Error("the stopped daemon left its socket")
+	}
+	if err := suite.node.start(); err != nil {
+		t.Fatal(err)
+	}
+	if got := p.output(t, p.idle, "/bin/echo", "back"); got != "back\n" {
+		t.Errorf("exec: %q", got)
+	}
+}
+
+// T11: after a reboot nothing lives and the run directory is empty; pods are
+// NotReady, and Stop and Remove succeed without their network namespaces.
+func TestReboot(t *testing.T) {
+	n := suite.node
+	p := newPod(t, podConfig(n, "reboot"))
+	ctr := p.start(t, "loses", command("/bin/sleep", "infinity"))
+	began := time.Now()
+	n.kill()
+	shim, err := shimOf(p.id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, q := range append(descendants(shim.pid), shim) {
+		_ = unix.Kill(q.pid, unix.SIGKILL)
+	}
+	// The shared pod goes on: what is its own stays.
+	for _, dir := range []string{filepath.Join(n.run, p.id[:12]), filepath.Join(n.run, "network", "netns", p.id)} {
+		_ = unix.Unmount(dir, unix.MNT_DETACH)
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := n.start(); err != nil {
+		t.Fatal(err)
+	}
+	wantGone(t, p, ctr, 255, began, 20*time.Second)
+	ctx := timeout(t, callTimeout)
+	if _, err := n.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.id}); err != nil {
+		t.Error(err)
+	}
+	if _, err := n.RemovePodSandbox(ctx, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: p.id}); err != nil {
+		t.Error(err)
+	}
+	_, err = n.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.id})
+	wantError(t, err, codes.NotFound, p.id)
+}
