@@ -70,8 +70,14 @@ func translate(pod *runtimeapi.PodSandboxConfig, c *runtimeapi.ContainerConfig, 
 		Version:     specs.Version,
 		Root:        &specs.Root{Readonly: sc.GetReadonlyRootfs()},
 		Annotations: c.GetAnnotations(),
-		Linux:       &specs.Linux{MaskedPaths: sc.GetMaskedPaths(), ReadonlyPaths: sc.GetReadonlyPaths()},
+		Linux: &specs.Linux{
+			MaskedPaths: sc.GetMaskedPaths(), ReadonlyPaths: sc.GetReadonlyPaths(), Resources: &specs.LinuxResources{},
+		},
 	}}
+	if sc.GetPrivileged() {
+		// The guest's devices, less those that the pod itself stands on (T37).
+		t.spec.Linux.Resources.Devices = []specs.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}
+	}
 	for _, step := range []func() error{
 		func() error { return t.process(c, img) },
 		func() error { return t.identity(sc, img) },
@@ -424,8 +430,7 @@ func (t *translation) devices(c *runtimeapi.ContainerConfig) error {
 
 func (t *translation) resources(r *runtimeapi.LinuxContainerResources) error {
 	const at = "config.linux.resources"
-	res := &specs.LinuxResources{}
-	t.spec.Linux.Resources = res
+	res := t.spec.Linux.Resources
 	if r == nil {
 		return nil
 	}
