@@ -155,7 +155,7 @@ func TestVMLife(t *testing.T) {
 			t.Errorf("the host reads %q", b)
 		}
 		if err := c.Remove(t.Context()); err != nil {
-			t.Fatal(err)
+			t.Error(err)
 		}
 		// T1, T3: the host refuses the write, whatever the guest's mount says.
 		ro := e.start(e.create(p, "ro", withVolume(&shimapi.Volume{Name: "v", HostPath: dir, ReadOnly: true}), "sleep"))
@@ -163,7 +163,37 @@ func TestVMLife(t *testing.T) {
 			t.Errorf("write to a read-only volume: %d %q", code, errOut)
 		}
 		if err := ro.Remove(t.Context()); err != nil {
+			t.Error(err)
+		}
+		// T2: a mount that the host made after the VM started, whatever the
+		// propagation of "/".
+		late := t.TempDir()
+		if err := syscall.Mount("tmpfs", late, "tmpfs", 0, ""); err != nil {
 			t.Fatal(err)
+		}
+		defer syscall.Unmount(late, syscall.MNT_DETACH)
+		if err := os.WriteFile(filepath.Join(late, "f"), []byte("on tmpfs"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		lc := e.start(e.create(p, "late", withVolume(&shimapi.Volume{Name: "v", HostPath: late, HostToContainer: true}), "sleep"))
+		if out, errOut, code := execIn(t, lc, "/app", "read", "/data/f"); out != "on tmpfs" {
+			t.Errorf("%q %q %d", out, errOut, code)
+		}
+		if err := lc.Remove(t.Context()); err != nil {
+			t.Error(err)
+		}
+		// T34: nothing of the pod keeps the host's mount busy.
+		await(t, "unmount of the volume on the host", 3*time.Second, func() bool { return syscall.Unmount(late, 0) == nil })
+		// T30: a single file.
+		fc := e.start(e.create(p, "file", func(cc *CreateContainer) {
+			withVolume(&shimapi.Volume{Name: "v", HostPath: filepath.Join(dir, "f")})(cc)
+			cc.Spec.Mounts[len(cc.Spec.Mounts)-1].Destination = "/etc/one"
+		}, "sleep"))
+		if out, errOut, code := execIn(t, fc, "/app", "read", "/etc/one"); out != "from the host" {
+			t.Errorf("%q %q %d", out, errOut, code)
+		}
+		if err := fc.Remove(t.Context()); err != nil {
+			t.Error(err)
 		}
 		// T29
 		_, err := p.CreateContainer(t.Context(), e.container("sock", withVolume(&shimapi.Volume{Name: "v", HostPath: filepath.Join(p.run, "s")}), "sleep"))
@@ -264,8 +294,14 @@ func TestVMLife(t *testing.T) {
 	})
 
 	shimPID := p.rec.Shim.PID
+	start := time.Now()
 	if err := p.Stop(t.Context()); err != nil {
 		t.Fatal(err)
+	}
+	took := time.Since(start)
+	t.Logf("Stop took %v", took.Round(time.Millisecond))
+	if took > 4*time.Second {
+		t.Error("Stop took longer than its bounds in sum")
 	}
 	if left := processesWith(t, p.ID()); len(left) != 0 {
 		t.Errorf("processes after Stop: %q", left)
@@ -305,6 +341,11 @@ func TestVMGone(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, "shim"},
+		{"virtiofsd killed", func(t *testing.T, p *Pod, _ *Container) {
+			if err := syscall.Kill(childOf(t, p.rec.Shim.PID, "virtiofsd"), syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+		}, "virtiofsd"},
 		{"guest powers itself off", func(t *testing.T, p *Pod, _ *Container) {
 			e := &env{t: t, o: p.pods.o, pods: p.pods}
 			e.start(e.create(p, "off", func(cc *CreateContainer) {
