@@ -427,6 +427,7 @@ type fakeNetwork struct {
 	mu   sync.Mutex
 	up   map[string]bool
 	fail error // of SetUp
+	down error // of TearDown
 }
 
 func (n *fakeNetwork) SetUp(_ context.Context, p network.Pod) (*network.Result, error) {
@@ -442,6 +443,9 @@ func (n *fakeNetwork) OpenTap(string) (*os.File, error) { return nil, nil }
 func (n *fakeNetwork) TearDown(_ context.Context, id string) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if n.down != nil {
+		return n.down
+	}
 	delete(n.up, id)
 	return nil
 }

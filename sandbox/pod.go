@@ -92,7 +92,11 @@ func (p *Pod) reasonLocked() string {
 func (p *Pod) doneSteps() []Step {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return append(slices.Clone(p.rec.Steps), Step{Name: "ready", Last: true})
+	last := Step{Name: "ready", Last: true}
+	if p.rec.Phase == creating {
+		last.Name, last.Error = "failed", p.reason
+	}
+	return append(slices.Clone(p.rec.Steps), last)
 }
 
 // Containers returns the pod's containers.
@@ -402,7 +406,8 @@ func (p *Pod) Remove(ctx context.Context) error {
 	if err := p.stop(ctx); err != nil {
 		return err
 	}
-	if err := p.setPhase(removing); err != nil {
+	// A record that is gone is one that an earlier Remove took away.
+	if err := p.setPhase(removing); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
 	if err := removeFiles(p.dir, p.run); err != nil {

@@ -107,6 +107,35 @@ func TestRunUndoes(t *testing.T) {
 	}
 }
 
+// A start whose clean-up fails, too, is cured without a restart.
+func TestCleanUpFails(t *testing.T) {
+	e := newFakeEnv(t)
+	nw := e.o.Network.(*fakeNetwork)
+	set := func(err error) {
+		nw.mu.Lock()
+		nw.fail, nw.down = err, err
+		nw.mu.Unlock()
+	}
+	set(errors.New("CNI is broken"))
+	_, err := e.pods.Run(t.Context(), podConfig("p"), "")
+	pods := e.pods.List()
+	if err == nil || len(pods) != 1 || !strings.Contains(err.Error(), pods[0].ID()) {
+		t.Fatalf("%v, pods %v", err, pods)
+	}
+	if s := pods[0].Status(); s.Ready || !strings.Contains(s.Reason, "CNI is broken") {
+		t.Errorf("%+v", s)
+	}
+	if err := pods[0].Remove(t.Context()); err == nil {
+		t.Error("Remove succeeded while CNI was broken")
+	}
+	set(nil)
+	if err := pods[0].Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+	e.checkNothingLeft()
+	e.run("p")
+}
+
 func (e *env) checkNothingLeft() {
 	e.t.Helper()
 	for _, dir := range []string{filepath.Join(e.o.Root, "pods"), e.o.Run} {

@@ -71,8 +71,15 @@ func (p *Pods) start(ctx context.Context, pod *Pod, class Class, size size) (err
 			return
 		}
 		if errs := st.undoAll(ctx); len(errs) > 0 {
-			// The record is still there, with the name: the next Open tries again.
-			err = fmt.Errorf("%w (and clean-up failed, the next start of the daemon tries again: %w)", err, errors.Join(errs...))
+			// What is left is a pod that isn't ready, which whoever lists pods can
+			// remove, as often as it takes; the next Open tries as well.
+			err = fmt.Errorf("%w (and clean-up failed, remove pod %s to try again: %w)", err, pod.id, errors.Join(errs...))
+			pod.mu.Lock()
+			pod.reason = err.Error()
+			pod.mu.Unlock()
+			p.mu.Lock()
+			p.pods[pod.id] = pod
+			p.mu.Unlock()
 			return
 		}
 		p.unreserve(cfg.GetMetadata())

@@ -119,7 +119,12 @@ func (s *starter) step(ctx context.Context, name string, do, inverse func(contex
 // returns what could not be undone.
 func (s *starter) undoAll(ctx context.Context) []error {
 	var errs []error
-	for _, u := range slices.Backward(s.undos) {
+	for i, u := range slices.Backward(s.undos) {
+		if i == 0 && len(errs) > 0 {
+			// The first step is the record, which says what there is to undo: it
+			// stays as long as anything does.
+			break
+		}
 		uctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 		if err := u.f(uctx); err != nil {
 			errs = append(errs, fmt.Errorf("undo %s: %w", u.name, err))
