@@ -10,14 +10,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/containerd/console"
-
-	"github.com/cri-vz/cri-vz/test/images"
 )
 
 // The real crictl, where it is on PATH: the same journey with the tool that
@@ -29,9 +26,13 @@ func TestCrictl(t *testing.T) {
 		return
 	}
 	n := suite.node
+	dir := t.TempDir()
+	config := filepath.Join(dir, "crictl.yaml")
+	if err := os.WriteFile(config, []byte("runtime-endpoint: unix://"+n.socket+"\nimage-endpoint: unix://"+n.socket+"\ntimeout: 60\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	crictl := func(args ...string) *exec.Cmd {
-		all := append([]string{"--runtime-endpoint", "unix://" + n.socket, "--image-endpoint", "unix://" + n.socket, "--timeout", "60s"}, args...)
-		return exec.Command(tool, all...)
+		return exec.Command(tool, append([]string{"--config", config}, args...)...)
 	}
 	run := func(t *testing.T, args ...string) string {
 		t.Helper()
@@ -44,7 +45,6 @@ func TestCrictl(t *testing.T) {
 		}
 		return strings.TrimSpace(string(out))
 	}
-	dir := t.TempDir()
 	write := func(name string, v any) string {
 		b, err := json.Marshal(v)
 		if err != nil {
@@ -56,7 +56,7 @@ func TestCrictl(t *testing.T) {
 		}
 		return path
 	}
-	img, err := images.WebServer(suite.images, runtime.GOARCH)
+	img, err := variant("crictl")
 	if err != nil {
 		t.Fatal(err)
 	}

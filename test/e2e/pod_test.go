@@ -19,6 +19,7 @@ import (
 
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -137,6 +138,22 @@ var webImage = sync.OnceValues(func() (string, error) {
 	}
 	return ref, pull(suite.node, ref)
 })
+
+// variant is the test image with an id of its own: removing an image by one name
+// removes all its names.
+func variant(name string) (v1.Image, error) {
+	img, err := images.WebServer(suite.images, runtime.GOARCH)
+	if err != nil {
+		return nil, err
+	}
+	cf, err := img.ConfigFile()
+	if err != nil {
+		return nil, err
+	}
+	cfg := cf.DeepCopy().Config
+	cfg.Labels["variant"] = name
+	return mutate.Config(img, cfg)
+}
 
 // push puts an image into the node's registry and returns its names by tag and
 // by digest.

@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -27,7 +26,7 @@ import (
 // at it with the other commands, Ctrl-C.
 func TestRun(t *testing.T) {
 	n := suite.node
-	img, err := images.WebServer(suite.images, runtime.GOARCH)
+	img, err := variant("run")
 	if err != nil {
 		t.Fatal(err)
 	}
