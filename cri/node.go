@@ -90,13 +90,13 @@ func (s *Server) WatchSteps(req *nodeapi.WatchStepsRequest, stream nodeapi.Node_
 
 // Console sends a pod's console log; see node.proto.
 func (s *Server) Console(req *nodeapi.ConsoleRequest, stream nodeapi.Node_ConsoleServer) error {
-	pod, err := s.findPod(req.GetPodSandboxId())
+	path, err := s.consolePath(req.GetPodSandboxId())
 	if err != nil {
 		return err
 	}
-	f, err := os.Open(pod.ConsolePath())
+	f, err := os.Open(path)
 	if err != nil {
-		return fmt.Errorf("console of pod %s: %w", pod.ID(), err)
+		return fmt.Errorf("console of pod %s: %w", req.GetPodSandboxId(), err)
 	}
 	defer f.Close()
 	buf := make([]byte, 64<<10)
@@ -111,9 +111,23 @@ func (s *Server) Console(req *nodeapi.ConsoleRequest, stream nodeapi.Node_Consol
 		case errors.Is(err, io.EOF):
 			return nil
 		case err != nil:
-			return fmt.Errorf("console of pod %s: %w", pod.ID(), err)
+			return fmt.Errorf("console of pod %s: %w", req.GetPodSandboxId(), err)
 		}
 	}
+}
+
+// consolePath finds the console of a pod, or of one that failed to start.
+func (s *Server) consolePath(ref string) (string, error) {
+	pod, err := s.findPod(ref)
+	if err == nil {
+		return pod.ConsolePath(), nil
+	}
+	if errdefs.IsNotFound(err) {
+		if path, ferr := s.Pods.FailedConsole(ref); !errdefs.IsNotFound(ferr) {
+			return path, ferr
+		}
+	}
+	return "", err
 }
 
 // findPod takes what a person types: an id, the beginning of one, or the name of

@@ -66,6 +66,7 @@ func (p *Pods) start(ctx context.Context, pod *Pod, class Class, size size) (err
 	dir, run, rec := pod.dir, pod.run, pod.rec
 	cfg := rec.config
 	st := &starter{pod: pod.id, progress: pod.progress}
+	kept := false // the console of a start that failed
 	defer func() {
 		if err == nil {
 			return
@@ -83,6 +84,9 @@ func (p *Pods) start(ctx context.Context, pod *Pod, class Class, size size) (err
 			return
 		}
 		p.unreserve(cfg.GetMetadata())
+		if kept {
+			err = fmt.Errorf("%w; `cri-vz console %s` prints all that the guest wrote", err, pod.id[:shortID])
+		}
 	}()
 
 	release, err := p.admit(size.memory)
@@ -104,7 +108,10 @@ func (p *Pods) start(ctx context.Context, pod *Pod, class Class, size size) (err
 			return err
 		}
 		return rec.write(dir)
-	}, func(context.Context) error { return removeFiles(dir, run) }); err != nil {
+	}, func(context.Context) error {
+		kept = p.keepConsole(pod)
+		return removeFiles(dir, run)
+	}); err != nil {
 		return err
 	}
 

@@ -253,9 +253,6 @@ func moveRoot(b *bootState) error {
 	return os.Chdir("/")
 }
 
-// transportModule is the last of the modules that a connection needs.
-const transportModule = "vmw_vsock_virtio_transport.ko"
-
 // bindModules makes what RunModprobe needs visible in the new root. The kernel's
 // own threads share PID 1's root, and so does the program they start.
 func bindModules() error {

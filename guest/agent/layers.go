@@ -70,7 +70,7 @@ func (s *layerStore) acquire(names []string) ([]*layer, error) {
 	for _, name := range names {
 		l, err := s.acquireOne(name)
 		if err != nil {
-			s.release(got)
+			_ = s.release(got) // what went wrong first is what matters
 			return nil, fmt.Errorf("layer %q: %w", name, err)
 		}
 		got = append(got, l)

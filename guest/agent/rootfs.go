@@ -57,7 +57,7 @@ func (s *scratch) makeWritable(n int) (*writable, error) {
 		return os.Mkdir(filepath.Join(w.dir, "w"), 0o700)
 	}()
 	if err != nil {
-		w.remove()
+		_ = w.remove() // what went wrong first is what matters
 		return nil, err
 	}
 	return w, nil

@@ -238,7 +238,7 @@ func (s *Shim) CreateContainer(ctx context.Context, req *shimapi.CreateContainer
 		return nil, fmt.Errorf("container %s: %w", id, errdefs.ErrAlreadyExists)
 	}
 	undo := func() {
-		s.volumes.release(c.volumes)
+		_ = s.volumes.release(c.volumes) // what went wrong first is what matters
 		s.mu.Lock()
 		delete(s.containers, id)
 		s.mu.Unlock()
@@ -557,7 +557,9 @@ func (s *Shim) StopContainer(ctx context.Context, req *shimapi.StopContainerRequ
 		// Not bounded by the caller: a SIGKILL can't be taken back, so the end
 		// that must follow it is enforced, too.
 		kctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), kill)
-		go a.Signal(kctx, &guestapi.SignalRequest{Id: c.id, Signal: uint32(syscall.SIGKILL), All: true})
+		go func() {
+			_, _ = a.Signal(kctx, &guestapi.SignalRequest{Id: c.id, Signal: uint32(syscall.SIGKILL), All: true})
+		}()
 		select {
 		case <-c.ended:
 		case <-s.gone:

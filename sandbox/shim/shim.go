@@ -319,7 +319,7 @@ func (s *Shim) Stop(ctx context.Context, _ *shimapi.StopRequest) (*shimapi.StopR
 func (s *Shim) shutDown(a *agent, m vmm.Machine, bound time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), bound)
 	defer cancel()
-	go a.Shutdown(ctx, &guestapi.ShutdownRequest{})
+	go func() { _, _ = a.Shutdown(ctx, &guestapi.ShutdownRequest{}) }() // the answer is that the VM is gone
 	select {
 	case <-m.Done():
 	case <-ctx.Done():

@@ -264,7 +264,6 @@ func TestHangingDisk(t *testing.T) {
 	if w.Dropped() == 0 {
 		t.Error("nothing was dropped")
 	}
-	start = time.Now()
 	closed := make(chan struct{})
 	go func() { w.Close(); close(closed) }()
 	select {
