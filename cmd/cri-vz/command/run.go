@@ -112,7 +112,7 @@ func (c *client) run(cmd *cobra.Command, o runOptions) (err error) {
 			Args:     o.command,
 			Envs:     env,
 			LogPath:  "container.log",
-			Linux:    &runtimeapi.LinuxContainerConfig{},
+			Linux:    &runtimeapi.LinuxContainerConfig{SecurityContext: confined()},
 		},
 	})
 	if err != nil {
@@ -147,6 +147,19 @@ func (c *client) run(cmd *cobra.Command, o runOptions) (err error) {
 		return exitCode(s.GetExitCode())
 	}
 	return nil
+}
+
+// confined is what a kubelet would ask for: the CRI leaves the choice to its
+// client, and nothing is confined that was not asked for.
+func confined() *runtimeapi.LinuxContainerSecurityContext {
+	return &runtimeapi.LinuxContainerSecurityContext{
+		Seccomp: &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_RuntimeDefault},
+		MaskedPaths: []string{
+			"/proc/asound", "/proc/acpi", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
+			"/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap",
+		},
+		ReadonlyPaths: []string{"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"},
+	}
 }
 
 func printStep(w io.Writer, name string, took time.Duration, note string) {
