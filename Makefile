@@ -38,7 +38,7 @@ setup: ## install what building and testing needs; safe to repeat
 	$(SUDO) hack/setup
 
 demo: setup guest ## run an image from a docker-save tar in a VM, look at it, clean up
-	$(SUDO) hack/demo
+	$(SUDO) hack/real-root hack/demo
 
 check: lint ## format, vet, lint, tidy, and builds for every host
 	@fmt=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$fmt" ] || { echo "not gofmt'ed: $$fmt" >&2; exit 1; }
@@ -56,16 +56,16 @@ lint:
 test: setup guest test-unit test-vm ## what CI runs
 
 test-unit:
-	$(SUDO) env CGO_ENABLED=1 go test -race -timeout 10m $(UNIT_PACKAGES)
+	$(SUDO) hack/real-root env CGO_ENABLED=1 go test -race -timeout 10m $(UNIT_PACKAGES)
 
 test-vm:
-	$(SUDO) hack/test-vm $(VM_PACKAGES)
+	$(SUDO) hack/real-root hack/test-vm $(VM_PACKAGES)
 
 test-long: test ## what does not fit into CI's 20 minutes: fuzzing, arm64, repeats
-	$(SUDO) hack/test-long
+	$(SUDO) hack/real-root hack/test-long
 
 bench: setup guest ## the figures, as ratios from one run
-	$(SUDO) hack/bench
+	$(SUDO) hack/real-root hack/bench
 
 kernel: setup ## build the fast all-built-in kernel (some 10 minutes, cached) and its guest
 	$(SUDO) hack/setup kernel

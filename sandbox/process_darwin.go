@@ -18,7 +18,7 @@ func startProcess(cmd *exec.Cmd) error {
 }
 
 // hostMounts: macOS has no mount namespaces.
-func hostMounts() (*os.File, error) { return nil, nil }
+func hostMounts() (namespace, root *os.File, err error) { return nil, nil, nil }
 
 // startTime of a process, in microseconds, and whether it is a zombie.
 func startTime(pid int) (uint64, bool, error) {

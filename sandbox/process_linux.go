@@ -22,8 +22,18 @@ func startProcess(cmd *exec.Cmd) error {
 	return cmd.Start()
 }
 
-// hostMounts is a descriptor of this process's mount namespace.
-func hostMounts() (*os.File, error) { return os.Open("/proc/self/ns/mnt") }
+// hostMounts are descriptors of this process's mount namespace and of its root
+// directory, which in a chroot is not the namespace's.
+func hostMounts() (namespace, root *os.File, err error) {
+	if namespace, err = os.Open("/proc/self/ns/mnt"); err != nil {
+		return nil, nil, err
+	}
+	if root, err = os.Open("/"); err != nil {
+		namespace.Close()
+		return nil, nil, err
+	}
+	return namespace, root, nil
+}
 
 // startTime of a process, in clock ticks since boot, and whether it is a zombie.
 func startTime(pid int) (start uint64, zombie bool, err error) {

@@ -221,11 +221,11 @@ func (p *Pods) startShim(ctx context.Context, pod *Pod, size size) error {
 		}
 		c.MAC, c.MTU = n.MAC, n.MTU
 	}
-	if mounts, err := hostMounts(); err != nil {
+	if mounts, root, err := hostMounts(); err != nil {
 		return fmt.Errorf("mount namespace: %w", err)
 	} else if mounts != nil {
-		inherit = append(inherit, mounts)
-		c.HostMountFD = 2 + len(inherit)
+		inherit = append(inherit, mounts, root)
+		c.HostMountFD, c.HostRootFD = 1+len(inherit), 2+len(inherit)
 	}
 	if err := c.Write(); err != nil {
 		return err

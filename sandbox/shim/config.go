@@ -82,6 +82,9 @@ type Config struct {
 	// HostMountFD is the inherited descriptor of the daemon's mount namespace,
 	// in which volumes' host paths are looked up; 0: the shim's own.
 	HostMountFD int `json:"hostMountFD,omitempty"`
+	// HostRootFD is the inherited descriptor of the daemon's root directory in
+	// that namespace.
+	HostRootFD int `json:"hostRootFD,omitempty"`
 	// Cgroups are directories of the pod's cgroup, one per hierarchy, that the
 	// shim moves itself into before it starts anything.
 	Cgroups []string `json:"cgroups,omitempty"`

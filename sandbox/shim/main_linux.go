@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"errors"
 	"context"
 	"fmt"
 	"os"
@@ -62,6 +63,9 @@ func run(c Config, driver func(Config) (vmm.Driver, error)) error {
 	// T2: nothing that is mounted from here on is seen outside; what the host
 	// mounts is still seen here.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+		if errors.Is(err, unix.EINVAL) {
+			err = fmt.Errorf("\"/\" is no mount point: in a chroot, start the daemon in a bind mount of it: %w", err)
+		}
 		return fmt.Errorf("make the shim's mounts a slave of the host's: %w", err)
 	}
 	v := newVolumes(c)
@@ -70,6 +74,7 @@ func run(c Config, driver func(Config) (vmm.Driver, error)) error {
 	}
 	if c.HostMountFD > 0 {
 		unix.CloseOnExec(c.HostMountFD)
+		unix.CloseOnExec(c.HostRootFD)
 	}
 	var tap *os.File
 	if c.TapFD > 0 {

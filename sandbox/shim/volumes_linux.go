@@ -25,13 +25,14 @@ type volumes struct {
 	// looked up: a private "/" would keep later mounts from the shim's. 0: the
 	// shim's own.
 	hostMountFD int
+	hostRootFD  int
 
 	mu      sync.Mutex
 	mounted map[string]bool
 }
 
 func newVolumes(c Config) *volumes {
-	return &volumes{dir: filepath.Join(c.PodDir, VolumesDir), hostMountFD: c.HostMountFD, mounted: make(map[string]bool)}
+	return &volumes{dir: filepath.Join(c.PodDir, VolumesDir), hostMountFD: c.HostMountFD, hostRootFD: c.HostRootFD, mounted: make(map[string]bool)}
 }
 
 // share makes dir a shared mount of its own, before the machine starts: mounts
@@ -136,6 +137,13 @@ func (v *volumes) clone(path string) (tree int, isDir bool, err error) {
 		}
 		if err = unix.Setns(v.hostMountFD, unix.CLONE_NEWNS); err != nil {
 			err = fmt.Errorf("enter the host's mount namespace: %w", err)
+			return
+		}
+		if err = unix.Fchdir(v.hostRootFD); err == nil {
+			err = unix.Chroot(".")
+		}
+		if err != nil {
+			err = fmt.Errorf("enter the host's root directory: %w", err)
 			return
 		}
 		tree, isDir, err = cloneTree(path)
