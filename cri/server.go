@@ -69,6 +69,8 @@ type Server struct {
 const (
 	// maxMessage bounds what a client may send, as the kubelet's own client does.
 	maxMessage = 16 << 20
+	// streamWindow is what one stream of the Node service may have in flight.
+	streamWindow = 1 << 20
 	// maxAnswer has room for the largest answer, an ExecSync with both outputs at
 	// their cap (T19). What the client takes is the client's bound.
 	maxAnswer = 2*maxExecSyncOutput + 1<<20
@@ -82,6 +84,8 @@ func New(o Options) (*Server, error) {
 	}
 	s.grpc = grpc.NewServer(
 		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxAnswer),
+		// gRPC's own 64 KiB would be what limits a forwarded port.
+		grpc.InitialWindowSize(streamWindow), grpc.InitialConnWindowSize(4*streamWindow),
 		grpc.ChainUnaryInterceptor(unaryErrors),
 		grpc.ChainStreamInterceptor(streamErrors),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),

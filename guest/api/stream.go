@@ -1,6 +1,7 @@
 package api
 
 import (
+	"bufio"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -124,16 +125,22 @@ func ReadHeader(r io.Reader) (Header, error) {
 type Stream struct {
 	conn net.Conn
 
-	left int   // payload bytes of the current data frame; reader only
-	rerr error // sticky; reader only
+	in   *bufio.Reader // reader only
+	left int           // payload bytes of the current data frame; reader only
+	rerr error         // sticky; reader only
 
 	mu      sync.Mutex // serialises frames
+	out     []byte     // the frame being written; kept, for there are many
 	wclosed bool
 }
 
 // NewStream wraps a connection after its header was exchanged. The Stream owns
 // the connection.
-func NewStream(conn net.Conn) *Stream { return &Stream{conn: conn} }
+func NewStream(conn net.Conn) *Stream {
+	// Room for a frame's header and the payload behind it in one read: in a guest
+	// that is emulated, system calls are what streams cost.
+	return &Stream{conn: conn, in: bufio.NewReaderSize(conn, 32<<10)}
+}
 
 // Open sends h on conn and waits for the listener's answer. The caller bounds
 // the wait with a deadline on conn and clears it afterwards. On error conn is
@@ -196,7 +203,7 @@ func (s *Stream) Read(p []byte) (int, error) {
 	}
 	for s.left == 0 {
 		var hdr [5]byte
-		if _, err := io.ReadFull(s.conn, hdr[:]); err != nil {
+		if _, err := io.ReadFull(s.in, hdr[:]); err != nil {
 			if errors.Is(err, io.EOF) {
 				err = io.ErrUnexpectedEOF
 			}
@@ -213,7 +220,7 @@ func (s *Stream) Read(p []byte) (int, error) {
 			s.rerr = io.EOF
 		case hdr[0] == frameReset && n <= 4096:
 			reason := make([]byte, n)
-			if _, err := io.ReadFull(s.conn, reason); err != nil {
+			if _, err := io.ReadFull(s.in, reason); err != nil {
 				s.rerr = io.ErrUnexpectedEOF
 			} else {
 				s.rerr = &ResetError{Reason: string(reason)}
@@ -228,7 +235,7 @@ func (s *Stream) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	n, err := s.conn.Read(p[:min(len(p), s.left)])
+	n, err := s.in.Read(p[:min(len(p), s.left)])
 	s.left -= n
 	if err != nil {
 		if errors.Is(err, io.EOF) {
@@ -288,6 +295,7 @@ func (s *Stream) frame(typ byte, p []byte) error {
 	hdr[0] = typ
 	binary.LittleEndian.PutUint32(hdr[1:], uint32(len(p)))
 	// One write per frame: a vsock packet costs more than a copy of it.
-	_, err := s.conn.Write(append(hdr[:len(hdr):len(hdr)], p...))
+	s.out = append(append(s.out[:0], hdr[:]...), p...)
+	_, err := s.conn.Write(s.out)
 	return err
 }

@@ -66,6 +66,7 @@ func (c *client) connect(*cobra.Command, []string) error {
 	probe.Close()
 	conn, err := grpc.NewClient("unix://"+path,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithInitialWindowSize(1<<20), grpc.WithInitialConnWindowSize(4<<20), // as the server has it
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16<<20)))
 	if err != nil {
 		return fmt.Errorf("connect to %s: %w", path, err)

@@ -3,6 +3,7 @@ package vmmtest
 import (
 	"os"
 	"testing"
+	"time"
 
 	"github.com/cri-vz/cri-vz/sandbox/vmm"
 )
@@ -36,5 +37,15 @@ func Boot(tb testing.TB, driver vmm.Driver, guest Guest) vmm.Machine {
 	}
 	bare := &machine{Machine: m}
 	bare.waitReady(tb)
-	return m
+	// Its other ports come a moment later.
+	for end := time.Now().Add(bootTimeout); ; time.Sleep(10 * time.Millisecond) {
+		conn, err := m.Dial(tb.Context(), EchoPort)
+		if err == nil {
+			_ = conn.Close()
+			return m
+		}
+		if time.Now().After(end) {
+			tb.Fatalf("guest's echo port: %v", err)
+		}
+	}
 }
