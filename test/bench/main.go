@@ -135,7 +135,7 @@ func measureKind(o options, guests string, g image.Guest, yard latency) (err err
 		mine, other []time.Duration
 	}{
 		{"CreateContainer", pods.create, yard.create}, {"StartContainer", pods.start, yard.start},
-		{"ExecSync true", pods.exec, yard.exec}, {"StopPodSandbox", pods.stop, yard.stop},
+		{"ExecSync echo", pods.exec, yard.exec}, {"StopPodSandbox", pods.stop, yard.stop},
 	} {
 		if len(c.other) == 0 {
 			table(c.name+", "+kind, ms(p50(c.mine)), "", "")
