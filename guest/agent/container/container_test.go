@@ -358,8 +358,8 @@ func TestWorkingDirectory(t *testing.T) {
 	}
 	t.Run("created", func(t *testing.T) {
 		config := newConfig(root)
-		config.Spec.Process.Cwd = "/new/work/dir"
-		if out := sh(t, config, "pwd; stat -c %a ."); out != "/new/work/dir\n755\n" {
+		config.Spec.Process.Cwd = "/new/cwd/dir"
+		if out := sh(t, config, "pwd; stat -c %a ."); out != "/new/cwd/dir\n755\n" {
 			t.Errorf("output %q", out)
 		}
 	})
