@@ -27,10 +27,11 @@ func TestStartAfterFailedStart(t *testing.T) {
 	for _, c := range []struct {
 		name, file string
 		words      []string
+		console    string
 	}{
 		// T7: the VM dies at once; the error quotes the console's last lines.
-		{"initramfs of zeros", g.InitrdPath, []string{"panic"}},
-		{"kernel of zeros", g.KernelPath, []string{"kernel"}},
+		{"initramfs of zeros", g.InitrdPath, []string{"panic"}, "panic"},
+		{"kernel of zeros", g.KernelPath, []string{"kernel"}, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			damage(t, c.file)
@@ -44,6 +45,11 @@ func TestStartAfterFailedStart(t *testing.T) {
 			for _, w := range c.words {
 				if !bytes.Contains(bytes.ToLower([]byte(status.Convert(err).Message())), []byte(w)) {
 					t.Errorf("the error does not mention %q: %v", w, err)
+				}
+			}
+			if c.console != "" {
+				if out, err := n.cli("console", "failed").CombinedOutput(); err != nil || !bytes.Contains(out, []byte(c.console)) {
+					t.Errorf("console of a pod that failed to start: %v: %.500s", err, out)
 				}
 			}
 		})
