@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -221,6 +222,25 @@ func TestOpenUndoesHalfMadePods(t *testing.T) {
 	}
 	e.checkNothingLeft()
 	e.run("half")
+}
+
+// T10: many half-made pods are undone at one time; run with the race detector.
+func TestOpenUndoesManyHalfMadePods(t *testing.T) {
+	e := newFakeEnv(t)
+	e.close()
+	for i := range 32 {
+		id := newID(func(string) bool { return false })
+		dir := filepath.Join(e.o.Root, "pods", id)
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		rec := &podRecord{ID: id, Phase: removing, config: podConfig("half-" + strconv.Itoa(i))}
+		if err := rec.write(dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	e.open()
+	e.checkNothingLeft()
 }
 
 func TestSecondOpenIsRefused(t *testing.T) {

@@ -47,7 +47,9 @@ func (p *Pods) recover(ctx context.Context) error {
 		pod := newPod(p, rec)
 		// The name is taken as long as anything of the pod is there.
 		if rec.config != nil {
+			p.mu.Lock() // the pods before this one are being undone meanwhile
 			p.names[podKey(rec.config.GetMetadata())] = pod.id
+			p.mu.Unlock()
 		}
 		wg.Go(func() { p.recoverPod(ctx, pod) })
 	}
