@@ -38,6 +38,8 @@ func TestMain(m *testing.M) {
 			os.Exit(shim.Main(os.Args[2:]))
 		case "fake-shim":
 			os.Exit(fakeShim(os.Args[2], &shimtest.Driver{}))
+		case "slow-boot-shim":
+			os.Exit(fakeShim(os.Args[2], &shimtest.Driver{Hang: 1}))
 		case "no-boot-shim":
 			os.Exit(fakeShim(os.Args[2], &shimtest.Driver{Hang: 99}))
 		}

@@ -194,6 +194,47 @@ func TestRunCancelled(t *testing.T) {
 	e.checkNothingLeft()
 }
 
+// A pod that becomes ready while the daemon ends doesn't keep it from ending.
+func TestCloseWhileAPodBecomesReady(t *testing.T) {
+	e := newFakeEnv(t)
+	e.close()
+	e.o.ShimCommand = append(e.o.ShimCommand[:1:1], "slow-boot-shim")
+	e.open()
+	cfg := podConfig("p")
+	steps, err := e.pods.WatchSteps(t.Context(), cfg.GetMetadata())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ran := make(chan error, 1)
+	go func() {
+		_, err := e.pods.Run(context.Background(), cfg, "")
+		ran <- err
+	}()
+	for s := range steps {
+		if s.Name == "shim" {
+			break // it boots now, for more than BootStall
+		}
+	}
+	closed := make(chan error, 1)
+	go func() { closed <- e.pods.Close() }()
+	select {
+	case err := <-closed:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("Close waits for a pod that it doesn't know")
+	}
+	if err := <-ran; err != nil {
+		t.Error(err)
+	}
+	e.pods = nil
+	e.open()
+	if list := e.pods.List(); len(list) != 1 || !list[0].Status().Ready {
+		t.Errorf("the next daemon has %d pods", len(list))
+	}
+}
+
 // T10: a daemon that was killed half-way has its pod undone by the next one.
 func TestOpenUndoesHalfMadePods(t *testing.T) {
 	e := newFakeEnv(t)

@@ -162,7 +162,11 @@ func (p *Pods) start(ctx context.Context, pod *Pod, class Class, size size) (err
 	closed := p.closed
 	p.mu.Unlock()
 	if closed {
-		// The daemon ends just now, but the pod is there for the next one.
+		// The daemon ends just now, but the pod is there for the next one. Close
+		// didn't know its shim and waits for whoever follows it.
+		if client, err := pod.shimClient(); err == nil {
+			client.close()
+		}
 		klog.InfoS("Pod became ready while the daemon shut down", "pod", pod.id)
 	}
 	return nil
