@@ -29,6 +29,9 @@ const runNamespace = "cri-vz"
 // says so; it keeps trying for every connection afterwards.
 const publishTimeout = 30 * time.Second
 
+// abandonTimeout bounds how long Ctrl-C waits for the daemon to undo a start.
+const abandonTimeout = 15 * time.Second
+
 type runOptions struct {
 	image   string
 	command []string
@@ -262,7 +265,8 @@ func (c *client) logDir(ctx context.Context, m *runtimeapi.PodSandboxMetadata) (
 // startPod runs the pod sandbox and prints its steps as they happen.
 func (c *client) startPod(ctx context.Context, out io.Writer, pod *runtimeapi.PodSandboxConfig) (string, error) {
 	m := pod.GetMetadata()
-	wctx, cancel := context.WithCancel(ctx)
+	// Outlives Ctrl-C: the last step says that the daemon is done with the pod.
+	wctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	steps, err := c.node.WatchSteps(wctx, &nodeapi.WatchStepsRequest{Name: m.GetName(), Namespace: m.GetNamespace(), Uid: m.GetUid(), Attempt: m.GetAttempt()})
 	if err != nil {
@@ -282,15 +286,41 @@ func (c *client) startPod(ctx context.Context, out io.Writer, pod *runtimeapi.Po
 			}
 		}
 	}()
+	if err := ctx.Err(); err != nil {
+		return "", err // nothing was asked for yet
+	}
 	r, err := c.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: pod})
 	if err != nil {
-		return "", err
+		if ctx.Err() != nil {
+			select {
+			case <-printed:
+			case <-time.After(abandonTimeout):
+			}
+		}
+		return "", errors.Join(err, c.abandon(context.WithoutCancel(ctx), pod))
 	}
 	select {
 	case <-printed:
 	case <-time.After(time.Second): // the last step may still be on its way
 	}
 	return r.GetPodSandboxId(), nil
+}
+
+// abandon removes what a start left that failed or was given up. The daemon has
+// undone it, unless the pod became ready just when its caller went away.
+func (c *client) abandon(ctx context.Context, pod *runtimeapi.PodSandboxConfig) error {
+	lctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	r, err := c.ListPodSandbox(lctx, &runtimeapi.ListPodSandboxRequest{})
+	if err != nil {
+		return fmt.Errorf("whether a pod was left is not known, `cri-vz ps -a` says so: %s", message(err))
+	}
+	for _, p := range r.GetItems() {
+		if p.GetMetadata().GetUid() == pod.GetMetadata().GetUid() && p.GetMetadata().GetNamespace() == runNamespace {
+			return c.removePod(ctx, p, 0)
+		}
+	}
+	return os.RemoveAll(pod.GetLogDirectory())
 }
 
 // ended tells whether a container has ended.

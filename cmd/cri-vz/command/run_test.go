@@ -1,0 +1,143 @@
+package command
+
+import (
+	"context"
+	"encoding/json"
+	"io"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	nodeapi "github.com/cri-vz/cri-vz/cri/api"
+)
+
+// daemon is one that answers RunPodSandbox as run says.
+type daemon struct {
+	runtimeapi.RuntimeServiceClient
+	nodeapi.NodeClient
+
+	logs  string
+	run   func(ctx context.Context, d *daemon) error
+	began chan struct{} // closed by run
+	done  chan struct{} // closed when the pod is ready or has failed
+
+	mu   sync.Mutex
+	pods []*runtimeapi.PodSandbox
+}
+
+func (d *daemon) RunPodSandbox(ctx context.Context, r *runtimeapi.RunPodSandboxRequest, _ ...grpc.CallOption) (*runtimeapi.RunPodSandboxResponse, error) {
+	if err := os.MkdirAll(r.GetConfig().GetLogDirectory(), 0o755); err != nil {
+		return nil, err
+	}
+	d.mu.Lock()
+	d.pods = append(d.pods, &runtimeapi.PodSandbox{Id: "0123456789abcdef", Metadata: r.GetConfig().GetMetadata()})
+	d.mu.Unlock()
+	return &runtimeapi.RunPodSandboxResponse{PodSandboxId: "0123456789abcdef"}, d.run(ctx, d)
+}
+
+func (d *daemon) undo() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.pods = nil
+}
+
+func (d *daemon) ListPodSandbox(context.Context, *runtimeapi.ListPodSandboxRequest, ...grpc.CallOption) (*runtimeapi.ListPodSandboxResponse, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return &runtimeapi.ListPodSandboxResponse{Items: d.pods}, nil
+}
+
+func (d *daemon) ListContainers(context.Context, *runtimeapi.ListContainersRequest, ...grpc.CallOption) (*runtimeapi.ListContainersResponse, error) {
+	return &runtimeapi.ListContainersResponse{}, nil
+}
+
+func (d *daemon) StopPodSandbox(context.Context, *runtimeapi.StopPodSandboxRequest, ...grpc.CallOption) (*runtimeapi.StopPodSandboxResponse, error) {
+	return &runtimeapi.StopPodSandboxResponse{}, nil
+}
+
+func (d *daemon) RemovePodSandbox(context.Context, *runtimeapi.RemovePodSandboxRequest, ...grpc.CallOption) (*runtimeapi.RemovePodSandboxResponse, error) {
+	d.undo()
+	return &runtimeapi.RemovePodSandboxResponse{}, nil
+}
+
+func (d *daemon) Status(context.Context, *runtimeapi.StatusRequest, ...grpc.CallOption) (*runtimeapi.StatusResponse, error) {
+	info, err := json.Marshal(map[string]string{"logRoot": d.logs})
+	return &runtimeapi.StatusResponse{Info: map[string]string{"config": string(info)}}, err
+}
+
+func (d *daemon) WatchSteps(ctx context.Context, _ *nodeapi.WatchStepsRequest, _ ...grpc.CallOption) (grpc.ServerStreamingClient[nodeapi.Step], error) {
+	return &stepStream{ctx: ctx, done: d.done}, nil
+}
+
+type stepStream struct {
+	grpc.ServerStreamingClient[nodeapi.Step]
+	ctx  context.Context
+	done chan struct{}
+}
+
+func (s *stepStream) Recv() (*nodeapi.Step, error) {
+	select {
+	case <-s.done:
+		return nil, io.EOF
+	case <-s.ctx.Done():
+		return nil, s.ctx.Err()
+	}
+}
+
+// A run that ends before it knows its pod leaves neither pod nor log folder.
+func TestStartThatFailsLeavesNothing(t *testing.T) {
+	cancelled := status.Error(codes.Canceled, "context canceled")
+	for name, run := range map[string]func(context.Context, *daemon) error{
+		"the start fails": func(_ context.Context, d *daemon) error {
+			d.undo()
+			return status.Error(codes.ResourceExhausted, "no memory")
+		},
+		"Ctrl-C, undone by the daemon after the call's end": func(ctx context.Context, d *daemon) error {
+			close(d.began)
+			<-ctx.Done()
+			go func() { d.undo(); close(d.done) }()
+			return cancelled
+		},
+		"Ctrl-C just when the pod became ready": func(ctx context.Context, d *daemon) error {
+			close(d.began)
+			<-ctx.Done()
+			close(d.done)
+			return cancelled
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := &daemon{logs: t.TempDir(), run: run, began: make(chan struct{}), done: make(chan struct{})}
+			c := &client{RuntimeServiceClient: d, node: d}
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			pod, err := c.podConfig(ctx, "web", "web:1")
+			if err != nil {
+				t.Fatal(err)
+			}
+			go func() {
+				select {
+				case <-d.began:
+					cancel()
+				case <-ctx.Done():
+				}
+			}()
+			if _, err := c.startPod(ctx, io.Discard, pod); err == nil {
+				t.Error("no error")
+			}
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			if len(d.pods) != 0 {
+				t.Error("the pod is still there")
+			}
+			if left, _ := filepath.Glob(filepath.Join(d.logs, "*")); len(left) != 0 {
+				t.Errorf("left: %v", left)
+			}
+		})
+	}
+}
