@@ -10,10 +10,12 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -48,7 +50,7 @@ func newRun(c *client) *cobra.Command {
 		Short: "Run an image or an image archive in a new pod until Ctrl-C",
 		Long: `Run an image in a pod of its own: load or pull it, boot the VM, start the
 container, publish its ports on localhost, and show its output. Ctrl-C, or the
-end of the container, stops and removes the pod.`,
+end of the container, stops and removes the pod; a second Ctrl-C does so at once.`,
 		Example: `  docker save app:1 | gzip > app.tar.gz
   cri-vz run app.tar.gz -p 3000:3000
   cri-vz run docker.io/library/busybox -- echo hello`,
@@ -95,10 +97,12 @@ func (c *client) run(cmd *cobra.Command, o runOptions) (err error) {
 		return err
 	}
 	defer func() {
-		// ctx has ended when Ctrl-C brought us here.
+		// ctx has ended when Ctrl-C brought us here; another one ends the patience.
+		hurry, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+		defer stop()
 		began := time.Now()
 		sandbox := &runtimeapi.PodSandbox{Id: id, Metadata: pod.GetMetadata()}
-		if rerr := c.removePod(context.WithoutCancel(ctx), sandbox, o.grace); rerr != nil {
+		if rerr := c.removePod(context.WithoutCancel(ctx), hurry, sandbox, o.grace); rerr != nil {
 			err = errors.Join(err, fmt.Errorf("remove pod %s: %s", shortID(id), message(rerr)))
 			return
 		}
@@ -317,7 +321,7 @@ func (c *client) abandon(ctx context.Context, pod *runtimeapi.PodSandboxConfig) 
 	}
 	for _, p := range r.GetItems() {
 		if p.GetMetadata().GetUid() == pod.GetMetadata().GetUid() && p.GetMetadata().GetNamespace() == runNamespace {
-			return c.removePod(ctx, p, 0)
+			return c.removePod(ctx, ctx, p, 0)
 		}
 	}
 	return os.RemoveAll(pod.GetLogDirectory())

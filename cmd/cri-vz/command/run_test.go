@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -26,6 +27,8 @@ type daemon struct {
 	run   func(ctx context.Context, d *daemon) error
 	began chan struct{} // closed by run
 	done  chan struct{} // closed when the pod is ready or has failed
+
+	containers []*runtimeapi.Container
 
 	mu   sync.Mutex
 	pods []*runtimeapi.PodSandbox
@@ -54,7 +57,17 @@ func (d *daemon) ListPodSandbox(context.Context, *runtimeapi.ListPodSandboxReque
 }
 
 func (d *daemon) ListContainers(context.Context, *runtimeapi.ListContainersRequest, ...grpc.CallOption) (*runtimeapi.ListContainersResponse, error) {
-	return &runtimeapi.ListContainersResponse{}, nil
+	return &runtimeapi.ListContainersResponse{Containers: d.containers}, nil
+}
+
+// StopContainer is of a container that takes its whole grace period.
+func (d *daemon) StopContainer(ctx context.Context, r *runtimeapi.StopContainerRequest, _ ...grpc.CallOption) (*runtimeapi.StopContainerResponse, error) {
+	select {
+	case <-time.After(time.Duration(r.GetTimeout()) * time.Second):
+		return &runtimeapi.StopContainerResponse{}, nil
+	case <-ctx.Done():
+		return nil, status.FromContextError(ctx.Err()).Err()
+	}
 }
 
 func (d *daemon) StopPodSandbox(context.Context, *runtimeapi.StopPodSandboxRequest, ...grpc.CallOption) (*runtimeapi.StopPodSandboxResponse, error) {
@@ -137,6 +150,35 @@ func TestStartThatFailsLeavesNothing(t *testing.T) {
 			}
 			if left, _ := filepath.Glob(filepath.Join(d.logs, "*")); len(left) != 0 {
 				t.Errorf("left: %v", left)
+			}
+		})
+	}
+}
+
+// The second Ctrl-C ends the grace period and not the removal; a period that no
+// duration can hold is no reason to leave the pod.
+func TestRemovePodGrace(t *testing.T) {
+	hurried, cancel := context.WithCancel(t.Context())
+	cancel()
+	for _, tc := range []struct {
+		name  string
+		hurry context.Context
+		grace int64
+	}{
+		{"hurried", hurried, 3600},
+		{"hurried, more than a duration holds", hurried, 1 << 60},
+		{"negative", t.Context(), -3600},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			pod := &runtimeapi.PodSandbox{Id: "0123456789abcdef", Metadata: &runtimeapi.PodSandboxMetadata{Name: "p", Namespace: "other"}}
+			d := &daemon{pods: []*runtimeapi.PodSandbox{pod}, containers: []*runtimeapi.Container{{Id: "c"}}}
+			c := &client{RuntimeServiceClient: d}
+			began := time.Now()
+			if err := c.removePod(t.Context(), tc.hurry, pod, tc.grace); err != nil {
+				t.Error(err)
+			}
+			if took := time.Since(began); took > 5*time.Second || len(d.pods) != 0 {
+				t.Errorf("took %v, left %v", took, d.pods)
 			}
 		})
 	}

@@ -31,7 +31,7 @@ kept. POD is an id, the beginning of one, or a name.`,
 				if err != nil {
 					return err
 				}
-				if err := c.removePod(cmd.Context(), pod, grace); err != nil {
+				if err := c.removePod(cmd.Context(), cmd.Context(), pod, grace); err != nil {
 					return fmt.Errorf("stop %s: %s", ref, message(err))
 				}
 			}
@@ -64,15 +64,26 @@ func (c *client) findPod(ctx context.Context, ref string) (*runtimeapi.PodSandbo
 	return nil, fmt.Errorf("%q means %d pods; give an id", ref, len(found))
 }
 
+// maxGrace keeps a grace period in seconds within what a time.Duration holds.
+const maxGrace = 365 * 24 * 3600
+
 // removePod stops a pod's containers, then the pod, and removes everything; it
-// is bounded, and goes on to the end whatever fails on the way.
-func (c *client) removePod(ctx context.Context, pod *runtimeapi.PodSandbox, grace int64) error {
+// is bounded, and goes on to the end whatever fails on the way. The end of hurry
+// is the end of the containers' grace period.
+func (c *client) removePod(ctx, hurry context.Context, pod *runtimeapi.PodSandbox, grace int64) error {
+	grace = min(max(grace, 0), maxGrace)
 	ctx, cancel := context.WithTimeout(ctx, stopTimeout+time.Duration(grace)*time.Second)
 	defer cancel()
 	cts, err := c.ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{PodSandboxId: pod.GetId()}})
 	errs := []error{err}
+	patient, hurried := context.WithCancel(ctx)
+	defer hurried()
+	defer context.AfterFunc(hurry, hurried)()
 	for _, ct := range cts.GetContainers() {
-		_, err := c.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: ct.GetId(), Timeout: grace})
+		_, err := c.StopContainer(patient, &runtimeapi.StopContainerRequest{ContainerId: ct.GetId(), Timeout: grace})
+		if hurry.Err() != nil {
+			break // what still runs ends with its pod
+		}
 		errs = append(errs, err)
 	}
 	_, err = c.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: pod.GetId()})
