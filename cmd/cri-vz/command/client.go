@@ -147,6 +147,9 @@ func shortID(id string) string {
 // findContainer takes what a person types: a container's id or the beginning of
 // one, or the name of a pod or container that runs once.
 func (c *client) findContainer(ctx context.Context, ref string) (*runtimeapi.Container, error) {
+	if ref == "" { // which is the beginning of every id
+		return nil, errors.New("the container's id or name is empty; `cri-vz ps -a` lists them")
+	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	all, err := c.ListContainers(ctx, &runtimeapi.ListContainersRequest{})

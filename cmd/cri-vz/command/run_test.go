@@ -183,3 +183,18 @@ func TestRemovePodGrace(t *testing.T) {
 		})
 	}
 }
+
+// `cri-vz stop "$POD"` with an unset variable must not remove the only pod.
+func TestAnEmptyNameIsNobodys(t *testing.T) {
+	d := &daemon{
+		pods:       []*runtimeapi.PodSandbox{{Id: "0123", Metadata: &runtimeapi.PodSandboxMetadata{Name: "p"}}},
+		containers: []*runtimeapi.Container{{Id: "4567"}},
+	}
+	c := &client{RuntimeServiceClient: d}
+	if p, err := c.findPod(t.Context(), ""); err == nil {
+		t.Errorf("pod %s", p.GetId())
+	}
+	if ct, err := c.findContainer(t.Context(), ""); err == nil {
+		t.Errorf("container %s", ct.GetId())
+	}
+}

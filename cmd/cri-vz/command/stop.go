@@ -43,6 +43,9 @@ kept. POD is an id, the beginning of one, or a name.`,
 }
 
 func (c *client) findPod(ctx context.Context, ref string) (*runtimeapi.PodSandbox, error) {
+	if ref == "" { // which is the beginning of every id
+		return nil, errors.New("the pod's id or name is empty; `cri-vz ps -a` lists them")
+	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	r, err := c.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
