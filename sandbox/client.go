@@ -129,7 +129,8 @@ func openStream(ctx context.Context, run string, h guestapi.Header) (*guestapi.S
 	if err != nil {
 		var refused *guestapi.ResetError
 		if errors.As(err, &refused) {
-			return nil, fmt.Errorf("open %v stream: %s: %w", h.Kind, refused.Reason, errdefs.ErrFailedPrecondition)
+			// Quoted: the words may be a guest's, and end up on a terminal.
+			return nil, fmt.Errorf("open %v stream: refused: %q: %w", h.Kind, refused.Reason, errdefs.ErrFailedPrecondition)
 		}
 		if ctx.Err() != nil {
 			err = ctx.Err()

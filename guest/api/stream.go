@@ -70,10 +70,10 @@ const (
 var ErrProtocol = errors.New("stream protocol violated")
 
 // ResetError is how a stream ends that its peer broke off; Reason is the peer's
-// text and must be treated as such.
+// text and must be treated as such. Error quotes it.
 type ResetError struct{ Reason string }
 
-func (e *ResetError) Error() string { return "stream reset by peer: " + e.Reason }
+func (e *ResetError) Error() string { return fmt.Sprintf("stream reset by peer: %q", e.Reason) }
 
 // WriteHeader sends h on c.
 func WriteHeader(w io.Writer, h Header) error {

@@ -155,3 +155,10 @@ func FuzzStreamRead(f *testing.F) {
 		}
 	})
 }
+
+// A peer's reason is quoted wherever it is printed.
+func TestResetReasonIsQuoted(t *testing.T) {
+	if got := (&ResetError{Reason: "\x1b[2J\n"}).Error(); got != `stream reset by peer: "\x1b[2J\n"` {
+		t.Error(got)
+	}
+}

@@ -57,7 +57,7 @@ func Main(args []string) int {
 	case errors.As(err, &code):
 		return int(code)
 	}
-	fmt.Fprintln(os.Stderr, "cri-vz:", message(err))
+	fmt.Fprintln(os.Stderr, "cri-vz:", printableLines(message(err)))
 	return 1
 }
 

@@ -2,6 +2,7 @@ package command
 
 import (
 	"errors"
+	"fmt"
 	"io"
 
 	"github.com/spf13/cobra"
@@ -38,7 +39,9 @@ agent's. A pod that failed to start quotes the last lines in its error.`,
 	}
 }
 
-// escapeControl keeps a guest from driving the reader's terminal.
+// escapeControl keeps a guest from driving the reader's terminal. Terminals take
+// U+0080 to U+009F for control characters, too, so that only ASCII is left as it
+// is: a chunk may end within a character.
 func escapeControl(b []byte) []byte {
 	out := make([]byte, 0, len(b))
 	for _, c := range b {
@@ -46,6 +49,8 @@ func escapeControl(b []byte) []byte {
 		case c == '\r':
 		case c < ' ' && c != '\n' && c != '\t', c == 0x7f:
 			out = append(out, '^', c^0x40)
+		case c >= 0x80:
+			out = fmt.Appendf(out, "\\x%02x", c)
 		default:
 			out = append(out, c)
 		}
