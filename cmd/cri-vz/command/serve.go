@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strings"
 	"syscall"
 	"time"
 
@@ -182,9 +181,14 @@ func listenSocket(path string) (net.Listener, error) {
 		if fi.Mode().Type() != os.ModeSocket {
 			return nil, fmt.Errorf("socket %s: there is a file of that name that is no socket; remove it or use another --listen", path)
 		}
-		if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		c, err := net.DialTimeout("unix", path, time.Second)
+		if err == nil {
 			c.Close()
-			return nil, fmt.Errorf("socket %s: another daemon answers there; stop it or use another --listen", path)
+		}
+		// Only a refusal says that nobody listens: a daemon whose backlog is full
+		// is one that lives.
+		if !errors.Is(err, syscall.ECONNREFUSED) {
+			return nil, fmt.Errorf("socket %s: another daemon listens there; stop it or use another --listen", path)
 		}
 		if err := os.Remove(path); err != nil {
 			return nil, fmt.Errorf("socket %s: %w", path, err)
@@ -214,7 +218,7 @@ func notifySystemd(state string) {
 	if path == "" {
 		return
 	}
-	conn, err := net.Dial("unixgram", strings.Replace(path, "@", "\x00", 1))
+	conn, err := net.Dial("unixgram", path) // which takes a leading "@" for an abstract name, too
 	if err != nil {
 		klog.ErrorS(err, "Notify the service manager")
 		return
