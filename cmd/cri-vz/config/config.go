@@ -7,6 +7,8 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -164,6 +166,15 @@ func (c *Config) validate() error {
 	if _, err := c.Verbosity(); err != nil {
 		return err
 	}
+	if host, _, err := net.SplitHostPort(c.Streaming.Address); err != nil || !net.ParseIP(host).IsLoopback() {
+		return fmt.Errorf("streaming.address: %q is not a loopback address and a port, such as 127.0.0.1:0", c.Streaming.Address)
+	}
+	if _, err := netip.ParsePrefix(c.Network.BuiltinSubnet); err != nil {
+		return fmt.Errorf("network.builtin_subnet: %w", err)
+	}
+	if c.VM.Boots < 0 {
+		return fmt.Errorf("vm.boots: %d is less than 0", c.VM.Boots)
+	}
 	if !map[string]bool{"auto": true, "kvm": true, "tcg": true}[c.VM.Accel] {
 		return fmt.Errorf("vm.accel: %q is none of auto, kvm and tcg", c.VM.Accel)
 	}
@@ -175,6 +186,9 @@ func (c *Config) validate() error {
 	}
 	classes := map[string]Class{"vm.default": c.VM.Default}
 	for name, class := range c.VM.Class {
+		if name == "" {
+			return errors.New("vm.class: a class needs a name; the VM of pods without a runtime handler is vm.default")
+		}
 		classes["vm.class."+name] = class
 	}
 	for key, class := range classes {

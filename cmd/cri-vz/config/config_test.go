@@ -44,6 +44,14 @@ func TestOverrides(t *testing.T) {
 	}
 }
 
+// A list in the file replaces the default one.
+func TestListsAreReplaced(t *testing.T) {
+	c, err := Load(write(t, "[network]\nbin_dirs = ['/x']"), Flags{})
+	if err != nil || len(c.Network.BinDirs) != 1 || c.Network.BinDirs[0] != "/x" {
+		t.Errorf("%v, %v", c, err)
+	}
+}
+
 func TestBadConfigurationsAreNamed(t *testing.T) {
 	for _, tc := range []struct{ name, file, want string }{
 		{"unknown key", "[vm]\nacel = 'kvm'", "vm.acel (line 2)"},
@@ -56,6 +64,11 @@ func TestBadConfigurationsAreNamed(t *testing.T) {
 		{"accelerator", "[vm]\naccel = 'fast'", "vm.accel"},
 		{"driver", "[vm]\ndriver = 'xen'", "vm.driver"},
 		{"class", "[vm.class.tiny]\ncpus = 1\nmemory_mib = 1", "vm.class.tiny"},
+		{"class without a name", "[vm.class.'']\ncpus = 1\nmemory_mib = 64", "vm.class:"},
+		{"boots", "[vm]\nboots = -1", "vm.boots"},
+		{"subnet", "[network]\nbuiltin_subnet = '10.0.0.0'", "network.builtin_subnet"},
+		{"streaming address", "[streaming]\naddress = '0.0.0.0:0'", "streaming.address"},
+		{"streaming address without port", "[streaming]\naddress = '127.0.0.1'", "streaming.address"},
 		{"log level", "log_level = 'loud'", "log_level"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
