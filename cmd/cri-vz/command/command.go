@@ -98,9 +98,18 @@ or use any CRI client:
 	return root
 }
 
-// setVerbosity gives klog the -v that a log level means.
-func setVerbosity(v int) error {
+// setVerbosity gives klog the -v that a log level means; errorsOnly leaves
+// everything below errors out.
+func setVerbosity(v int, errorsOnly bool) error {
 	fs := flag.NewFlagSet("klog", flag.ContinueOnError)
 	klog.InitFlags(fs)
+	if errorsOnly {
+		// Standard error by severity, instead of all of it; the files that klog
+		// would write then are none.
+		klog.SetOutput(io.Discard)
+		if err := errors.Join(fs.Set("logtostderr", "false"), fs.Set("stderrthreshold", "ERROR")); err != nil {
+			return err
+		}
+	}
 	return fs.Set("v", strconv.Itoa(v))
 }

@@ -58,7 +58,7 @@ func serve(ctx context.Context, c *config.Config) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := setVerbosity(level); err != nil {
+	if err := setVerbosity(level, c.LogLevel == "error"); err != nil {
 		return err
 	}
 	defer klog.Flush()

@@ -3,11 +3,14 @@ package command
 import (
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"k8s.io/klog/v2"
 )
 
 // socketDir is short enough for a socket's path, unlike t.TempDir.
@@ -19,6 +22,35 @@ func socketDir(t *testing.T) string {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	return dir
+}
+
+// TestMain is also a program that logs: klog writes to the real standard error.
+func TestMain(m *testing.M) {
+	if only := os.Getenv("CRI_VZ_TEST_LOG"); only != "" {
+		if err := setVerbosity(0, only == "error"); err != nil {
+			panic(err)
+		}
+		klog.InfoS("a note")
+		klog.ErrorS(nil, "a fault")
+		klog.Flush()
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+func TestLogLevel(t *testing.T) {
+	for level, note := range map[string]bool{"error": false, "info": true} {
+		cmd := exec.Command(os.Args[0])
+		dir := t.TempDir()
+		cmd.Env = append(os.Environ(), "CRI_VZ_TEST_LOG="+level, "TMPDIR="+dir)
+		out, err := cmd.CombinedOutput()
+		if err != nil || strings.Contains(string(out), "a note") != note || strings.Count(string(out), "a fault") != 1 {
+			t.Errorf("%s: %v\n%s", level, err, out)
+		}
+		if files, _ := os.ReadDir(dir); len(files) != 0 {
+			t.Errorf("%s: klog wrote %v", level, files)
+		}
+	}
 }
 
 func TestListenSocket(t *testing.T) {
