@@ -145,8 +145,19 @@ func (s *Server) exec(ctx context.Context, id string, req *guestapi.ExecRequest,
 	if err != nil {
 		return 0, err
 	}
-	if err := outputs.Wait(); err != nil && ctx.Err() == nil {
-		return 0, fmt.Errorf("output of exec in container %s: %w", id, errors.Join(err, errdefs.ErrUnavailable))
+	return code, outputEnd(ctx, id, outputs.Wait())
+}
+
+// outputEnd says why an exec's output is not whole, if it isn't: it must not pass
+// for all that the process wrote.
+func outputEnd(ctx context.Context, id string, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		err = ctx.Err()
+	default:
+		err = errors.Join(err, errdefs.ErrUnavailable)
 	}
-	return code, nil
+	return fmt.Errorf("output of exec in container %s: %w", id, err)
 }

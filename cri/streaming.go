@@ -198,9 +198,7 @@ func (r streamRuntime) Attach(ctx context.Context, id string, in io.Reader, out,
 				return err
 			}
 			go func() {
-				if _, err := io.Copy(st, in); err == nil {
-					_ = st.CloseWrite()
-				}
+				feed(st, in)
 				if n == 0 {
 					cancel() // nothing else to wait for
 				}
@@ -221,6 +219,20 @@ func (r streamRuntime) Attach(ctx context.Context, id string, in io.Reader, out,
 		<-ctx.Done()
 	}
 	return nil
+}
+
+// feed sends in to a process's stdin. It returns when the guest has taken all of
+// it, or has ended the stream because the process is gone, also while in is
+// silent: a stream that is closed before that loses what is on its way.
+func feed(st *guestapi.Stream, in io.Reader) {
+	go func() {
+		if _, err := io.Copy(st, in); err != nil {
+			st.Close()
+			return
+		}
+		_ = st.CloseWrite()
+	}()
+	_, _ = io.Copy(io.Discard, st)
 }
 
 func (r streamRuntime) PortForward(ctx context.Context, id string, port int32, client io.ReadWriteCloser) error {
