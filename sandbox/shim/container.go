@@ -45,6 +45,9 @@ const (
 	startTimeout  = time.Minute
 	// streamTimeout bounds opening a stream to the guest.
 	streamTimeout = 10 * time.Second
+	// maxGroups is how many groups of a user are taken from the guest: the record
+	// of a container must stay within maxStatus, or its exit is forgotten.
+	maxGroups = 4096
 	// drainTimeout bounds how long after a container's end its output may still
 	// come; the agent has handed it over by then.
 	drainTimeout = 5 * time.Second
@@ -257,6 +260,9 @@ func (s *Shim) CreateContainer(ctx context.Context, req *shimapi.CreateContainer
 	cctx, cancel := context.WithTimeout(ctx, createTimeout)
 	defer cancel()
 	resp, err := call(cctx, a, "create container", a.CreateContainer, req.GetContainer())
+	if n := len(resp.GetUser().GetSupplementalGroups()); err == nil && n > maxGroups {
+		err = fmt.Errorf("the guest says that its user has %d groups, which is more than %d: %w", n, maxGroups, errdefs.ErrInvalidArgument)
+	}
 	if err != nil {
 		// The guest may have made a part of it, or all of it after the bound.
 		rctx, rcancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Duration(s.cfg.Timeouts.Agent))

@@ -335,6 +335,19 @@ func TestContainerErrors(t *testing.T) {
 	}
 }
 
+// A guest's answer can't make a record that nobody can read any more.
+func TestHostileUser(t *testing.T) {
+	r := newRig(t, &shimtest.Driver{}, Timeouts{})
+	r.boot()
+	if err := r.tryCreate("c", nil, "many-groups"); err == nil {
+		t.Error("the container was made")
+	}
+	r.create("c", nil) // nothing of it is left
+	if _, err := ReadStatus(filepath.Join(r.cfg.PodDir, ContainersDir, "c")); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestStopContainer(t *testing.T) {
 	r := newRig(t, &shimtest.Driver{}, Timeouts{})
 	r.boot()

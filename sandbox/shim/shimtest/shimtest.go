@@ -419,7 +419,11 @@ func (m *Machine) CreateContainer(ctx context.Context, r *guestapi.CreateContain
 		return nil, status.Error(codes.InvalidArgument, "refused\n\x1b[31mred")
 	}
 	m.add(r.GetId(), "", newProc(spec.Process.Args, r.GetStdin(), r.GetTty()))
-	return &guestapi.CreateContainerResponse{User: &guestapi.ResolvedUser{Uid: 7}}, nil
+	user := &guestapi.ResolvedUser{Uid: 7}
+	if len(spec.Process.Args) > 1 && spec.Process.Args[1] == "many-groups" {
+		user.SupplementalGroups = make([]uint32, 200_000)
+	}
+	return &guestapi.CreateContainerResponse{User: user}, nil
 }
 
 // StartContainer implements guest/api.
