@@ -61,8 +61,8 @@ func (c *client) load(ctx context.Context, cmd *cobra.Command, name string) ([]*
 		}
 		in = f
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	s, err := c.node.LoadImage(ctx)
 	if err != nil {
 		return nil, err
@@ -86,7 +86,7 @@ func (c *client) load(ctx context.Context, cmd *cobra.Command, name string) ([]*
 				return
 			}
 			if err != nil {
-				cancel()
+				cancel(fmt.Errorf("read the archive: %w", err))
 				return
 			}
 		}
@@ -97,6 +97,8 @@ func (c *client) load(ctx context.Context, cmd *cobra.Command, name string) ([]*
 		switch {
 		case errors.Is(err, io.EOF):
 			return imgs, nil
+		case err != nil && ctx.Err() != nil:
+			return nil, context.Cause(ctx) // what ended it here, not what the call makes of that
 		case err != nil:
 			return nil, err
 		case m.GetImage() != nil:

@@ -3,13 +3,16 @@ package command
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"os"
 	"path/filepath"
 	"sync"
 	"testing"
+	"testing/iotest"
 	"time"
 
+	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -196,5 +199,29 @@ func TestAnEmptyNameIsNobodys(t *testing.T) {
 	}
 	if ct, err := c.findContainer(t.Context(), ""); err == nil {
 		t.Errorf("container %s", ct.GetId())
+	}
+}
+
+func (d *daemon) LoadImage(ctx context.Context, _ ...grpc.CallOption) (grpc.BidiStreamingClient[nodeapi.LoadImageRequest, nodeapi.LoadImageResponse], error) {
+	return &loadStream{ctx: ctx}, nil
+}
+
+type loadStream struct {
+	grpc.BidiStreamingClient[nodeapi.LoadImageRequest, nodeapi.LoadImageResponse]
+	ctx context.Context
+}
+
+func (s *loadStream) Recv() (*nodeapi.LoadImageResponse, error) {
+	<-s.ctx.Done()
+	return nil, status.FromContextError(s.ctx.Err()).Err()
+}
+
+// An archive that can't be read says so, and not that the call was cancelled.
+func TestLoadNamesTheReadError(t *testing.T) {
+	d := &daemon{}
+	cmd := &cobra.Command{}
+	cmd.SetIn(iotest.ErrReader(os.ErrPermission))
+	if _, err := (&client{node: d}).load(t.Context(), cmd, "-"); !errors.Is(err, os.ErrPermission) {
+		t.Error(err)
 	}
 }
