@@ -1,9 +1,9 @@
 package cri
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
-	"maps"
 	"os"
 	"path"
 	"path/filepath"
@@ -37,6 +37,7 @@ const defaultPath = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbi
 const (
 	maxMounts       = 1024
 	maxLocalProfile = 4 << 20 // bytes of a localhost seccomp profile
+	maxGroups       = 1 << 16 // the kernel's NGROUPS_MAX
 )
 
 // defaultCapabilities are what containers have had since Docker.
@@ -62,6 +63,13 @@ func translate(pod *runtimeapi.PodSandboxConfig, c *runtimeapi.ContainerConfig, 
 	ns := sc.GetNamespaceOptions()
 	if err := checkNamespaces("config.linux.security_context", ns, sc.GetApparmor(), sc.GetSelinuxOptions()); err != nil {
 		return nil, err
+	}
+	for field, paths := range map[string][]string{"masked_paths": sc.GetMaskedPaths(), "readonly_paths": sc.GetReadonlyPaths()} {
+		for _, p := range paths {
+			if !path.IsAbs(p) {
+				return nil, refuse("config.linux.security_context."+field, fmt.Sprintf("%q is not an absolute path", p))
+			}
+		}
 	}
 	if len(c.GetCDIDevices()) > 0 {
 		return nil, refuse("config.CDI_devices", "a device of the node can't be given to a pod's VM")
@@ -116,9 +124,12 @@ func (t *translation) process(c *runtimeapi.ContainerConfig, img *v1.ConfigFile)
 		env = mergeEnv(env, []string{"TERM=xterm"})
 	}
 	var own []string
-	for _, kv := range c.GetEnvs() {
-		if kv.GetKey() == "" || strings.ContainsAny(kv.GetKey(), "=\x00") || strings.ContainsRune(string(kv.GetValue()), 0) {
-			return refuse("config.envs", fmt.Sprintf("%q is not an environment variable", kv.GetKey()))
+	for i, kv := range c.GetEnvs() {
+		if kv.GetKey() == "" || strings.ContainsAny(kv.GetKey(), "=\x00") {
+			return refuse(fmt.Sprintf("config.envs[%d].key", i), fmt.Sprintf("%q is not the name of an environment variable", kv.GetKey()))
+		}
+		if bytes.IndexByte(kv.GetValue(), 0) >= 0 {
+			return refuse(fmt.Sprintf("config.envs[%d].value", i), fmt.Sprintf("%s has a NUL, which no environment can", kv.GetKey()))
 		}
 		own = append(own, kv.GetKey()+"="+string(kv.GetValue()))
 	}
@@ -143,9 +154,6 @@ func (t *translation) process(c *runtimeapi.ContainerConfig, img *v1.ConfigFile)
 		Rlimits: []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 1024, Hard: 524288}},
 	}
 	if adj := int(c.GetLinux().GetResources().GetOomScoreAdj()); adj != 0 {
-		if adj < -1000 || adj > 1000 {
-			return refuse("config.linux.resources.oom_score_adj", fmt.Sprintf("%d is not in -1000 to 1000", adj))
-		}
 		t.spec.Process.OOMScoreAdj = &adj
 	}
 	return nil
@@ -191,10 +199,13 @@ func (t *translation) identity(sc *runtimeapi.LinuxContainerSecurityContext, img
 		gid := g.GetValue()
 		u.Gid = &gid
 	}
-	for _, id := range []*int64{u.Uid, u.Gid} {
+	for field, id := range map[string]*int64{"run_as_user": u.Uid, "run_as_group": u.Gid} {
 		if id != nil && (*id < 0 || *id > 1<<31-1) {
-			return refuse("config.linux.security_context", fmt.Sprintf("%d is not a user or group id", *id))
+			return refuse("config.linux.security_context."+field, fmt.Sprintf("%d is not an id", *id))
 		}
+	}
+	if n := len(sc.GetSupplementalGroups()); n > maxGroups {
+		return refuse("config.linux.security_context.supplemental_groups", fmt.Sprintf("%d groups are more than %d", n, maxGroups))
 	}
 	for _, g := range sc.GetSupplementalGroups() {
 		if g < 0 || g > 1<<31-1 {
@@ -219,10 +230,10 @@ func (t *translation) capabilities(sc *runtimeapi.LinuxContainerSecurityContext)
 	if sc.GetPrivileged() {
 		caps = slices.Clone(knownCapabilities)
 	}
-	name := func(c string) (string, error) {
+	name := func(field, c string) (string, error) {
 		full := "CAP_" + strings.TrimPrefix(strings.ToUpper(c), "CAP_")
 		if !slices.Contains(knownCapabilities, full) {
-			return "", refuse("config.linux.security_context.capabilities", fmt.Sprintf("%q is no capability of the guest's kernel", c))
+			return "", refuse("config.linux.security_context.capabilities."+field, fmt.Sprintf("%q is no capability of the guest's kernel", c))
 		}
 		return full, nil
 	}
@@ -237,12 +248,13 @@ func (t *translation) capabilities(sc *runtimeapi.LinuxContainerSecurityContext)
 		caps = nil
 	}
 	for _, list := range []struct {
+		field string
 		names []string
 		do    func(string)
 	}{
-		{sc.GetCapabilities().GetAddCapabilities(), func(c string) { caps = append(caps, c) }},
-		{sc.GetCapabilities().GetAddAmbientCapabilities(), func(c string) { caps, ambient = append(caps, c), append(ambient, c) }},
-		{sc.GetCapabilities().GetDropCapabilities(), func(c string) {
+		{"add_capabilities", sc.GetCapabilities().GetAddCapabilities(), func(c string) { caps = append(caps, c) }},
+		{"add_ambient_capabilities", sc.GetCapabilities().GetAddAmbientCapabilities(), func(c string) { caps, ambient = append(caps, c), append(ambient, c) }},
+		{"drop_capabilities", sc.GetCapabilities().GetDropCapabilities(), func(c string) {
 			is := func(x string) bool { return x == c }
 			caps, ambient = slices.DeleteFunc(caps, is), slices.DeleteFunc(ambient, is)
 		}},
@@ -251,7 +263,7 @@ func (t *translation) capabilities(sc *runtimeapi.LinuxContainerSecurityContext)
 			if strings.EqualFold(c, "ALL") {
 				continue
 			}
-			full, err := name(c)
+			full, err := name(list.field, c)
 			if err != nil {
 				return err
 			}
@@ -331,8 +343,14 @@ func (t *translation) mounts(c *runtimeapi.ContainerConfig) error {
 			return refuse(at+".image", "image volumes are not offered")
 		case m.GetPropagation() == runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL:
 			return refuse(at+".propagation", "BIDIRECTIONAL can't be had: a mount made in the pod's VM can't appear on the node")
-		case len(m.GetUidMappings()) > 0 || len(m.GetGidMappings()) > 0:
-			return refuse(at, "uid and gid mappings are not offered (see Status.runtime_handlers)")
+		case m.GetImageSubPath() != "":
+			return refuse(at+".image_sub_path", "image volumes are not offered")
+		case runtimeapi.MountPropagation_name[int32(m.GetPropagation())] == "":
+			return refuse(at+".propagation", fmt.Sprintf("%v is unknown", m.GetPropagation()))
+		case len(m.GetUidMappings()) > 0:
+			return refuse(at+".uidMappings", "user namespaces are not offered (see Status.runtime_handlers)")
+		case len(m.GetGidMappings()) > 0:
+			return refuse(at+".gidMappings", "user namespaces are not offered (see Status.runtime_handlers)")
 		case m.GetRecursiveReadOnly() && !m.GetReadonly():
 			return refuse(at+".recursive_read_only", "needs readonly")
 		case m.GetRecursiveReadOnly() && m.GetPropagation() != runtimeapi.MountPropagation_PROPAGATION_PRIVATE:
@@ -421,46 +439,25 @@ func (t *translation) devices(c *runtimeapi.ContainerConfig) error {
 		if dev.Path = path.Clean(d.GetContainerPath()); !path.IsAbs(d.GetContainerPath()) {
 			return refuse(at+".container_path", fmt.Sprintf("%q is not an absolute path", d.GetContainerPath()))
 		}
+		if strings.Trim(d.GetPermissions(), "rwm") != "" {
+			return refuse(at+".permissions", fmt.Sprintf("%q has other letters than r, w and m", d.GetPermissions()))
+		}
 		mode := os.FileMode(0o666)
 		dev.FileMode = &mode
 		t.spec.Linux.Devices = append(t.spec.Linux.Devices, dev)
+		rule := specs.LinuxDeviceCgroup{Allow: true, Type: dev.Type, Major: &dev.Major, Minor: &dev.Minor, Access: d.GetPermissions()}
+		t.spec.Linux.Resources.Devices = append(t.spec.Linux.Resources.Devices, rule)
 	}
 	return nil
 }
 
 func (t *translation) resources(r *runtimeapi.LinuxContainerResources) error {
-	const at = "config.linux.resources"
-	res := t.spec.Linux.Resources
-	if r == nil {
-		return nil
+	if err := checkResources("config.linux.resources", r); err != nil {
+		return err
 	}
-	if len(r.GetHugepageLimits()) > 0 {
-		for _, h := range r.GetHugepageLimits() {
-			if h.GetLimit() > 0 {
-				return refuse(at+".hugepage_limits", "the pod's VM has no huge pages")
-			}
-		}
-	}
-	cpu := &specs.LinuxCPU{}
-	if v := r.GetCpuShares(); v > 0 {
-		shares := uint64(v)
-		cpu.Shares = &shares
-	}
-	if v := r.GetCpuQuota(); v != 0 {
-		cpu.Quota = &v
-	}
-	if v := r.GetCpuPeriod(); v > 0 {
-		period := uint64(v)
-		cpu.Period = &period
-	}
-	res.CPU = cpu
-	if v := r.GetMemoryLimitInBytes(); v > 0 {
-		res.Memory = &specs.LinuxMemory{Limit: &v}
-		if s := r.GetMemorySwapLimitInBytes(); s > 0 {
-			res.Memory.Swap = &s
-		}
-	}
-	res.Unified = maps.Clone(r.GetUnified())
+	res := linuxResources(r)
+	res.Devices = t.spec.Linux.Resources.Devices
+	t.spec.Linux.Resources = res
 	return nil
 }
 
@@ -500,7 +497,7 @@ func (t *translation) seccomp(sc *runtimeapi.LinuxContainerSecurityContext) erro
 		}
 		t.spec.Linux.Seccomp = profile
 	default:
-		return refuse(at, fmt.Sprintf("profile type %v is unknown", p.GetProfileType()))
+		return refuse(at+".profile_type", fmt.Sprintf("%v is unknown", p.GetProfileType()))
 	}
 	return nil
 }

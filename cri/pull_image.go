@@ -13,6 +13,9 @@ func (s *Server) PullImage(ctx context.Context, req *runtimeapi.PullImageRequest
 	if ref == "" {
 		return nil, refuse("image", "is empty")
 	}
+	if err := s.checkHandler(req.GetImage().GetRuntimeHandler()); err != nil {
+		return nil, err
+	}
 	img, err := s.Images.Pull(ctx, ref, req.GetAuth(), nil)
 	if err != nil {
 		return nil, err

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 	"unsafe"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -99,6 +100,11 @@ func deviceRules(r *specs.LinuxResources, devices []specs.LinuxDevice, disk uint
 		}
 	}
 	for _, d := range devices {
+		if r != nil && slices.ContainsFunc(r.Devices, func(rule specs.LinuxDeviceCgroup) bool {
+			return rule.Type == d.Type && rule.Major != nil && *rule.Major == d.Major && rule.Minor != nil && *rule.Minor == d.Minor
+		}) {
+			continue // the spec says what may be done with it
+		}
 		rule := deviceRule{allow: true, typ: devChar, access: devAll, major: d.Major, minor: d.Minor}
 		switch d.Type {
 		case "b":
