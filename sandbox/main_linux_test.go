@@ -202,7 +202,7 @@ func newFakeEnv(t testing.TB) *env {
 	return newEnv(t, Options{
 		Root: filepath.Join(dir, "root"), Run: filepath.Join(dir, "run"),
 		Guest: func(string) (Guest, error) { return Guest{Kernel: "/k", Initrd: "/i"}, nil },
-		Scratch: func(path string, n int64) error {
+		Scratch: func(path string) error {
 			return os.WriteFile(path, nil, 0o600)
 		},
 		Network: &fakeNetwork{up: make(map[string]bool)}, Boots: 2,

@@ -65,7 +65,7 @@ func (p *Pod) ConsolePath() string { return filepath.Join(p.dir, shim.ConsoleFil
 func (p *Pod) Status() PodStatus {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	s := PodStatus{CreatedAt: p.createdAt, Steps: slices.Clone(p.rec.Steps), Reason: p.reasonLocked()}
+	s := PodStatus{CreatedAt: p.createdAt, Steps: slices.Clone(p.rec.Steps), Reason: p.reasonLocked(), DiskError: p.state.GetDiskError()}
 	if p.rec.Network != nil {
 		s.Netns = p.rec.Network.Netns
 	}

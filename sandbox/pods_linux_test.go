@@ -83,7 +83,7 @@ func TestRunUndoes(t *testing.T) {
 	}{
 		{"network", func(o *Options) { o.Network.(*fakeNetwork).fail = errors.New("no address left") }, "network: no address left"},
 		{"scratch", func(o *Options) {
-			o.Scratch = func(string, int64) error { return syscall.ENOSPC }
+			o.Scratch = func(string) error { return syscall.ENOSPC }
 		}, "scratch disk: no space left"},
 		{"guest", func(o *Options) {
 			o.Guest = func(string) (Guest, error) { return Guest{}, errors.New("no kernel") }

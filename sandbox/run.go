@@ -48,7 +48,7 @@ func (p *Pods) Run(ctx context.Context, cfg *runtimeapi.PodSandboxConfig, handle
 	}
 	pod := newPod(p, &podRecord{ID: id, Phase: creating, Handler: handler, CreatedAt: time.Now().UnixNano(), config: cfg})
 	pod.progress = pr
-	err = p.start(ctx, pod, class, size)
+	err = p.start(ctx, pod, size)
 	last := Step{Name: "ready", Nanos: time.Now().UnixNano() - pod.createdAt, Last: true}
 	if err != nil {
 		last.Name, last.Error = "failed", err.Error()
@@ -62,7 +62,7 @@ func (p *Pods) Run(ctx context.Context, cfg *runtimeapi.PodSandboxConfig, handle
 }
 
 // start takes the steps. On error it has undone them.
-func (p *Pods) start(ctx context.Context, pod *Pod, class Class, size size) (err error) {
+func (p *Pods) start(ctx context.Context, pod *Pod, size size) (err error) {
 	dir, run, rec := pod.dir, pod.run, pod.rec
 	cfg := rec.config
 	st := &starter{pod: pod.id, progress: pod.progress}
@@ -130,11 +130,7 @@ func (p *Pods) start(ctx context.Context, pod *Pod, class Class, size size) (err
 	}
 
 	if err := st.step(ctx, "scratch disk", func(context.Context) error {
-		bytes := class.ScratchBytes
-		if bytes == 0 {
-			bytes = 64 << 30
-		}
-		return p.o.Scratch(filepath.Join(dir, shim.ScratchFile), bytes)
+		return p.o.Scratch(filepath.Join(dir, shim.ScratchFile))
 	}, nil); err != nil {
 		return err
 	}

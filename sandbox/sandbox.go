@@ -38,7 +38,7 @@ type Options struct {
 	Guest func(arch string) (Guest, error)
 	// Scratch makes the sparse ext4 image at path for a pod's writable layers;
 	// the path doesn't exist yet.
-	Scratch func(path string, bytes int64) error
+	Scratch func(path string) error
 	// Network gives pods their addresses.
 	Network Network
 	// Boots is how many VMs boot at one time; 0 is the number of CPUs.
@@ -61,7 +61,6 @@ type Class struct {
 	CPUs         int   // virtual CPUs, at least; 0: 1
 	MemoryBytes  int64 // guest memory for containers, at least; 0: 512 MiB
 	ReserveBytes int64 // added for the guest's kernel and agent; 0: 64 MiB
-	ScratchBytes int64 // size of the scratch disk (sparse); 0: 64 GiB
 	PidsMax      int64 // processes in the guest; 0: the kernel's default
 }
 
@@ -99,6 +98,7 @@ type PodStatus struct {
 	IPs       []netip.Addr // the first is the pod IP; empty when not Ready
 	Netns     string       // path on the host; empty where there is none
 	Reason    string       // why it isn't ready
+	DiskError string       // why the guest's writes fail, if they do
 	Steps     []Step
 }
 

@@ -703,7 +703,7 @@ func TestBoot(t *testing.T) {
 
 func boot(t *testing.T, g Guest, machine []string) {
 	disk := filepath.Join(t.TempDir(), "scratch")
-	if err := scratch.CreateScratch(disk, scratch.Size); err != nil {
+	if err := scratch.CreateScratch(disk); err != nil {
 		t.Fatal(err)
 	}
 	console := map[string]string{"amd64": "ttyS0", "arm64": "ttyAMA0"}[g.Arch]

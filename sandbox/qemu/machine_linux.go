@@ -527,6 +527,9 @@ func (m *machine) event(e qmpEvent) {
 		m.reported[data.Node] = true
 		m.mu.Unlock()
 		if first {
+			if m.config.DiskFailed != nil {
+				m.config.DiskFailed(m.diskOf(data.Node), data.Reason)
+			}
 			klog.ErrorS(errors.New(data.Reason), "Disk of machine fails, the guest sees I/O errors", "machine", m.config.ID,
 				"disk", m.diskOf(data.Node), "operation", data.Operation)
 		}

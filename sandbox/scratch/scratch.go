@@ -38,13 +38,10 @@ const BlockSize = 4096
 var template []byte
 
 // CreateScratch writes a new scratch disk to path, which must not exist: the
-// error wraps [errdefs.ErrAlreadyExists] if it does. The only size there is is
-// [Size]. The file is not synced to disk; a host that crashes takes the machine
-// along. After an error no file is left.
-func CreateScratch(path string, sizeBytes int64) error {
-	if sizeBytes != Size {
-		return fmt.Errorf("scratch disk %s of %d bytes: the template has %d (64 GiB, sparse): %w", path, sizeBytes, Size, errdefs.ErrInvalidArgument)
-	}
+// error wraps [errdefs.ErrAlreadyExists] if it does. The file is not synced
+// to disk; a host that crashes takes the machine along. After an error no file is
+// left.
+func CreateScratch(path string) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if errors.Is(err, os.ErrExist) {
 		return fmt.Errorf("scratch disk: %w: %w", err, errdefs.ErrAlreadyExists)

@@ -204,9 +204,10 @@ func (s *Shim) machineConfig() (vmm.Config, error) {
 	mc := vmm.Config{
 		ID: c.ID, Arch: c.Arch, Kernel: c.Kernel, Initrd: c.Initrd, Cmdline: c.Cmdline,
 		CPUs: c.CPUs, MemoryBytes: c.MemoryBytes,
-		Console: s.console.w,
-		RunDir:  filepath.Join(c.RunDir, "vm"),
-		Disks:   []vmm.Disk{{Serial: guestapi.DiskScratch, Path: filepath.Join(c.PodDir, ScratchFile)}},
+		DiskFailed: s.diskFailed,
+		Console:    s.console.w,
+		RunDir:     filepath.Join(c.RunDir, "vm"),
+		Disks:      []vmm.Disk{{Serial: guestapi.DiskScratch, Path: filepath.Join(c.PodDir, ScratchFile)}},
 		Shares: []vmm.Share{
 			{Tag: guestapi.ShareLayers, Dir: filepath.Join(c.PodDir, LayersDir), ReadOnly: true},
 			{Tag: guestapi.ShareVolumes, Dir: filepath.Join(c.PodDir, VolumesDir)},
@@ -285,6 +286,12 @@ func (s *Shim) awaitAgent(ctx context.Context, m vmm.Machine) (net.Conn, error) 
 		case <-ctx.Done():
 		}
 	}
+}
+
+// diskFailed keeps why a disk failed, for the status of the pod and of containers
+// that fail because of it (T9).
+func (s *Shim) diskFailed(serial, reason string) {
+	s.change(func() { s.diskError = fmt.Sprintf("the host failed to serve the %s disk: %s", serial, reason) })
 }
 
 // watchMachine waits for the end of a VM that is up.

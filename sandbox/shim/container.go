@@ -88,9 +88,8 @@ type container struct {
 	input chan []byte
 
 	// mu guards what follows. Shim.mu guards state.
-	mu     sync.Mutex
-	log    *crilog.Writer
-	killed bool // ended by us because it didn't stop
+	mu  sync.Mutex
+	log *crilog.Writer
 
 	state *shimapi.ContainerState // nil: not created yet
 }
@@ -486,7 +485,7 @@ func (s *Shim) supervise(a *agent, c *container, outs []*output) {
 	pumps.Wait()
 	var dropped uint64
 	c.mu.Lock()
-	w, killed := c.log, c.killed
+	w := c.log
 	c.mu.Unlock()
 	if w != nil {
 		w.Close()
@@ -502,7 +501,8 @@ func (s *Shim) supervise(a *agent, c *container, outs []*output) {
 			reason, stopping := s.reason, s.stopping
 			s.mu.Unlock()
 			st.ExitCode, st.Reason, st.Message = exitSandboxGone, ReasonSandboxGone, reason
-			if killed || stopping {
+			if stopping {
+				// The stop of its pod killed it, as it was meant to.
 				st.ExitCode = exitSIGKILL
 			}
 		case r.err != nil:
@@ -517,6 +517,9 @@ func (s *Shim) supervise(a *agent, c *container, outs []*output) {
 				st.Reason = ReasonCompleted
 			default:
 				st.Reason = ReasonError
+				s.mu.Lock()
+				st.Message = s.diskError
+				s.mu.Unlock()
 			}
 		}
 	})
@@ -570,9 +573,6 @@ func (s *Shim) StopContainer(ctx context.Context, req *shimapi.StopContainerRequ
 		case <-c.ended:
 		case <-s.gone:
 		case <-kctx.Done():
-			c.mu.Lock()
-			c.killed = true
-			c.mu.Unlock()
 			s.killVM(fmt.Sprintf("container %s didn't end within %v of SIGKILL", c.id, kill))
 		}
 		cancel()

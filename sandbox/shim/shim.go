@@ -45,6 +45,7 @@ type Shim struct {
 	reason     string
 	booted     bool // Boot was called
 	stopping   bool
+	diskError  string
 	steps      []*guestapi.Step
 	containers map[string]*container
 	machine    vmm.Machine
@@ -192,7 +193,7 @@ func (s *Shim) change(f func()) {
 func (s *Shim) state() (*shimapi.PodState, <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	p := &shimapi.PodState{Revision: s.revision, Vm: s.vm, Reason: s.reason, Steps: s.steps[:len(s.steps):len(s.steps)]}
+	p := &shimapi.PodState{Revision: s.revision, Vm: s.vm, Reason: s.reason, DiskError: s.diskError, Steps: s.steps[:len(s.steps):len(s.steps)]}
 	for _, c := range s.containers {
 		if c.state != nil {
 			p.Containers = append(p.Containers, proto.CloneOf(c.state))

@@ -393,7 +393,8 @@ func TestStopKillsTheVM(t *testing.T) {
 			}
 			start := time.Now()
 			st, err := r.StopContainer(r.ctx(), &shimapi.StopContainerRequest{Id: "a", GraceNanos: int64(200 * time.Millisecond)})
-			if err != nil || st.GetExitCode() != 137 || st.GetReason() != ReasonSandboxGone {
+			// T12: how its process ended nobody saw.
+			if err != nil || st.GetExitCode() != 255 || st.GetReason() != ReasonSandboxGone || !strings.Contains(st.GetMessage(), "didn't end within") {
 				t.Errorf("%v, %v", st, err)
 			}
 			if took := time.Since(start); took > 2*time.Second {

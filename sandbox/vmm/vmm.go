@@ -40,6 +40,12 @@ type Config struct {
 	Disks  []Disk
 	Shares []Share
 	NICs   []NIC
+
+	// DiskFailed, where the driver can tell (T9), is called when the host could
+	// not do what the guest asked of a disk, at most once for each: with its
+	// serial and the host's reason. The guest sees an I/O error and goes on. It
+	// must not wait and may be nil.
+	DiskFailed func(serial, reason string)
 }
 
 // Disk is a raw image that the guest sees as a virtio block device.

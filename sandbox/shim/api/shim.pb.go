@@ -271,7 +271,8 @@ type PodState struct {
 	Vm            VM                     `protobuf:"varint,2,opt,name=vm,proto3,enum=crivz.shim.v1.VM" json:"vm,omitempty"`
 	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"` // why the VM is gone, if it is
 	Containers    []*ContainerState      `protobuf:"bytes,4,rep,name=containers,proto3" json:"containers,omitempty"`
-	Steps         []*api.Step            `protobuf:"bytes,5,rep,name=steps,proto3" json:"steps,omitempty"` // start-up steps so far
+	Steps         []*api.Step            `protobuf:"bytes,5,rep,name=steps,proto3" json:"steps,omitempty"`                          // start-up steps so far
+	DiskError     string                 `protobuf:"bytes,6,opt,name=disk_error,json=diskError,proto3" json:"disk_error,omitempty"` // what the host answered when it could not store the guest's writes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -339,6 +340,13 @@ func (x *PodState) GetSteps() []*api.Step {
 		return x.Steps
 	}
 	return nil
+}
+
+func (x *PodState) GetDiskError() string {
+	if x != nil {
+		return x.DiskError
+	}
+	return ""
 }
 
 type ContainerState struct {
@@ -1089,7 +1097,7 @@ const file_sandbox_shim_api_shim_proto_rawDesc = "" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12!\n" +
 	"\fshim_version\x18\x02 \x01(\tR\vshimVersion\x12\x10\n" +
 	"\x03pid\x18\x03 \x01(\rR\x03pid\"\x0e\n" +
-	"\fWatchRequest\"\xcc\x01\n" +
+	"\fWatchRequest\"\xeb\x01\n" +
 	"\bPodState\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12!\n" +
 	"\x02vm\x18\x02 \x01(\x0e2\x11.crivz.shim.v1.VMR\x02vm\x12\x16\n" +
@@ -1097,7 +1105,9 @@ const file_sandbox_shim_api_shim_proto_rawDesc = "" +
 	"\n" +
 	"containers\x18\x04 \x03(\v2\x1d.crivz.shim.v1.ContainerStateR\n" +
 	"containers\x12*\n" +
-	"\x05steps\x18\x05 \x03(\v2\x14.crivz.guest.v1.StepR\x05steps\"\xf4\x02\n" +
+	"\x05steps\x18\x05 \x03(\v2\x14.crivz.guest.v1.StepR\x05steps\x12\x1d\n" +
+	"\n" +
+	"disk_error\x18\x06 \x01(\tR\tdiskError\"\xf4\x02\n" +
 	"\x0eContainerState\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12*\n" +

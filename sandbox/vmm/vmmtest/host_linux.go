@@ -8,6 +8,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -148,11 +149,21 @@ func fullDisk(t *testing.T, c *vmm.Config) func(*testing.T, *client) {
 		t.Fatal(err)
 	}
 	c.Disks = append(c.Disks, vmm.Disk{Serial: "full", Path: path})
+	failed := make(chan string, len(c.Disks))
+	c.DiskFailed = func(serial, reason string) { failed <- serial + ": " + reason }
 	return func(t *testing.T, guest *client) {
 		if _, err := guest.try(t, "blockfill %s", guest.do(t, "disk full")); err == nil || !strings.Contains(err.Error(), "input/output error") {
 			t.Errorf("fill: %v, want an input/output error", err)
 		}
 		guest.expect(t, "pong", "ping")
+		select {
+		case got := <-failed:
+			if got != "full: No space left on device" {
+				t.Errorf("DiskFailed said %q", got)
+			}
+		case <-time.After(5 * time.Second):
+			t.Error("nobody was told why the guest's write failed")
+		}
 		st, err := os.Stat(path)
 		if err != nil {
 			t.Fatal(err)

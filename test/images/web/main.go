@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -27,7 +28,7 @@ var commands = map[string]command{
 	"web": web, "sleep": sleep, "echo": echo, "cat": cat, "exit": exit, "env": env, "id": id, "pwd": pwd, "ls": ls,
 	"tcp-echo": tcpEcho, "write": write, "flood": flood, "trap-term": trapTerm, "oom": oom,
 	"spawn-zombies": spawnZombies, "orphan": orphan, "get": get, "hostname": hostname,
-	"err": errText, "count": count, "long": long, "detach": detach, "mount": mount, "poweroff": poweroff,
+	"err": errText, "count": count, "long": long, "detach": detach, "mount": mount, "poweroff": poweroff, "fill": fill,
 }
 
 func main() {
@@ -257,6 +258,28 @@ func write(args []string) (int, error) {
 		return 1, err
 	}
 	return 0, f.Close()
+}
+
+// fill writes FILE until that fails, and says how far it came.
+func fill(args []string) (int, error) {
+	if len(args) != 1 {
+		return 2, errUsage
+	}
+	f, err := os.Create(args[0])
+	if err != nil {
+		return 1, err
+	}
+	defer f.Close()
+	block := bytes.Repeat([]byte("0123456789abcdef"), 64<<10)
+	for n := 0; ; n++ {
+		if _, err = f.Write(block); err == nil {
+			err = f.Sync()
+		}
+		if err != nil {
+			fmt.Printf("wrote %d MiB\n", n)
+			return 1, err
+		}
+	}
 }
 
 // flood prints BYTES bytes in lines of 80.
