@@ -247,6 +247,8 @@ var messages = []message{
 	{name: "StreamContainersRequest", honoured: "filter"},
 	{name: "ContainerStatusRequest", honoured: "container_id verbose"},
 	{name: "UpdateContainerResourcesRequest", honoured: "container_id linux", refused: []refusal{
+		{field: "linux: memory or CPUs past the pod's VM", reason: "a VM keeps its size (`ResourceExhausted`); nothing changes"},
+		{field: "linux: a memory limit below what can't be given up", reason: "it would end the container (`FailedPrecondition`)"},
 		{field: "windows", reason: "containers run Linux"},
 	}, accepted: []meaning{{"annotations", "none: the CRI knows no key"}}},
 	{name: "ReopenContainerLogRequest", honoured: "container_id"},

@@ -33,7 +33,7 @@ func (s *Server) ContainerStatus(_ context.Context, req *runtimeapi.ContainerSta
 		Mounts:      cfg.GetMounts(),
 		LogPath:     st.LogPath,
 		StopSignal:  cfg.GetStopSignal(),
-		Resources:   &runtimeapi.ContainerResources{Linux: cfg.GetLinux().GetResources()},
+		Resources:   &runtimeapi.ContainerResources{Linux: c.Resources()},
 	}
 	if u := st.User; u != nil {
 		user := &runtimeapi.LinuxContainerUser{Uid: int64(u.GetUid()), Gid: int64(u.GetGid())}

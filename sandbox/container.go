@@ -376,20 +376,3 @@ func (c *Container) resize(ctx context.Context, exec string, width, height uint3
 	_, err = ask(ctx, client.ResizePty, &guestapi.ResizePtyRequest{Id: c.id, ExecId: exec, Width: width, Height: height})
 	return err
 }
-
-// Update changes the container's cgroup limits, all or none; zero fields stay
-// as they are.
-func (c *Container) Update(ctx context.Context, r *specs.LinuxResources) error {
-	client, err := c.pod.shimClient()
-	if err != nil {
-		return fmt.Errorf("update container %s: %w", c.id, err)
-	}
-	b, err := json.Marshal(r)
-	if err != nil {
-		return fmt.Errorf("update container %s: %w", c.id, err)
-	}
-	if _, err := ask(ctx, client.UpdateContainer, &guestapi.UpdateContainerRequest{Id: c.id, Resources: b}); err != nil {
-		return fmt.Errorf("update container %s: %w", c.id, err)
-	}
-	return nil
-}

@@ -471,25 +471,38 @@ func TestCgroupNames(t *testing.T) {
 
 // T4
 func TestSizeOf(t *testing.T) {
-	const mib = 1 << 20
 	limits := func(mem, quota, period int64) *runtimeapi.PodSandboxConfig {
 		c := podConfig("x")
 		c.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: mem, CpuQuota: quota, CpuPeriod: period}
+		return c
+	}
+	overhead := func(c *runtimeapi.PodSandboxConfig) *runtimeapi.PodSandboxConfig {
+		c.Linux.Overhead = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 100 * mib, CpuQuota: 25000, CpuPeriod: 100000}
 		return c
 	}
 	for _, tt := range []struct {
 		name  string
 		class Class
 		cfg   *runtimeapi.PodSandboxConfig
-		want  size
+		want  Size
 	}{
-		{"defaults", Class{}, podConfig("x"), size{1, 576 * mib}},
-		{"class is more", Class{CPUs: 4, MemoryBytes: 2048 * mib, ReserveBytes: mib}, limits(100*mib, 100000, 100000), size{4, 2049 * mib}},
-		{"limits are more", Class{CPUs: 1, MemoryBytes: 128 * mib, ReserveBytes: mib}, limits(1024*mib+1, 250000, 100000), size{3, 1026 * mib}},
+		{"defaults", Class{}, podConfig("x"), Size{1, 512 * mib}},
+		{"class is more", Class{CPUs: 4, MemoryBytes: 2048 * mib}, limits(100*mib, 100000, 100000), Size{4, 2048 * mib}},
+		{"limits are more", Class{CPUs: 1, MemoryBytes: 128 * mib}, limits(1024*mib+1, 250000, 100000), Size{3, 1025 * mib}},
+		{"no period", Class{}, limits(0, 200000, 0), Size{2, 512 * mib}},
+		{"overhead on top of the class", Class{MemoryBytes: 512 * mib}, overhead(limits(100*mib, 0, 0)), Size{2, 612 * mib}},
+		{"overhead on top of limits", Class{MemoryBytes: 512 * mib}, overhead(limits(1024*mib, 150000, 100000)), Size{2, 1124 * mib}},
 	} {
-		if got, err := sizeOf(tt.class, tt.cfg); got != tt.want || err != nil {
-			t.Errorf("%s: %+v, %v, want %+v", tt.name, got, err, tt.want)
+		got, reserve, err := sizeOf(tt.class, 8, tt.cfg)
+		if got != tt.want || reserve != 64*mib || err != nil {
+			t.Errorf("%s: %+v, %d, %v, want %+v", tt.name, got, reserve, err, tt.want)
 		}
+	}
+	if _, _, err := sizeOf(Class{}, 8, limits(1<<50, 0, 0)); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("a petabyte: %v", err)
+	}
+	if got, _, err := sizeOf(Class{}, 8, limits(0, 1<<40, 1000)); got.CPUs != 8 || err != nil {
+		t.Errorf("a billion CPUs: %+v, %v", got, err)
 	}
 }
 

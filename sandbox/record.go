@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -53,8 +54,14 @@ type podRecord struct {
 	Cgroups []string        `json:"cgroups,omitempty"`
 	Shim    process         `json:"shim,omitzero"`
 	Reason  string          `json:"reason,omitempty"`
+	// Size is the VM's; what Run decided.
+	Size Size `json:"size,omitzero"`
+	// Resources and Overhead are what was updated since.
+	Resources json.RawMessage `json:"resources,omitempty"`
+	Overhead  json.RawMessage `json:"overhead,omitempty"`
 
-	config *runtimeapi.PodSandboxConfig
+	config              *runtimeapi.PodSandboxConfig
+	resources, overhead *runtimeapi.LinuxContainerResources
 }
 
 // containerRecord is a container's file.
@@ -68,17 +75,26 @@ type containerRecord struct {
 	LogPath   string          `json:"logPath,omitempty"`
 	CreatedAt int64           `json:"createdAt"`
 	Signal    uint32          `json:"stopSignal,omitempty"`
+	// Resources are the limits in force where they were updated.
+	Resources json.RawMessage `json:"resources,omitempty"`
 
-	config *runtimeapi.ContainerConfig
+	config    *runtimeapi.ContainerConfig
+	resources *runtimeapi.LinuxContainerResources
 }
 
 func (r *podRecord) write(dir string) error {
 	r.Schema = recordSchema
+	if err := errors.Join(marshalResources(&r.Resources, r.resources), marshalResources(&r.Overhead, r.overhead)); err != nil {
+		return fmt.Errorf("record of pod %s: %w", r.ID, err)
+	}
 	return writeRecord(filepath.Join(dir, podFile), r, &r.Config, r.config)
 }
 
 func (r *containerRecord) write(dir string) error {
 	r.Schema = recordSchema
+	if err := marshalResources(&r.Resources, r.resources); err != nil {
+		return fmt.Errorf("record of container %s: %w", r.ID, err)
+	}
 	return writeRecord(filepath.Join(dir, containerFile), r, &r.Config, r.config)
 }
 
@@ -149,7 +165,12 @@ func parsePodRecord(b []byte) (*podRecord, error) {
 	if r.config.GetMetadata() == nil {
 		return nil, fmt.Errorf("no metadata: %w", errdefs.ErrInvalidArgument)
 	}
-	return r, nil
+	var err error
+	if r.resources, err = parseResources(r.Resources); err != nil {
+		return nil, err
+	}
+	r.overhead, err = parseResources(r.Overhead)
+	return r, err
 }
 
 func parseContainerRecord(b []byte) (*containerRecord, error) {
@@ -166,7 +187,9 @@ func parseContainerRecord(b []byte) (*containerRecord, error) {
 	if r.config.GetMetadata() == nil {
 		return nil, fmt.Errorf("no metadata: %w", errdefs.ErrInvalidArgument)
 	}
-	return r, nil
+	var err error
+	r.resources, err = parseResources(r.Resources)
+	return r, err
 }
 
 func checkSchema(n int) error {

@@ -35,7 +35,7 @@ func (p *Pods) Run(ctx context.Context, cfg *runtimeapi.PodSandboxConfig, handle
 	if !ok {
 		return nil, fmt.Errorf("run pod sandbox %s: there is no runtime handler %q: %w", meta.GetName(), handler, errdefs.ErrInvalidArgument)
 	}
-	size, err := sizeOf(class, cfg)
+	size, reserve, err := sizeOf(class, runtime.NumCPU(), cfg)
 	if err != nil {
 		return nil, fmt.Errorf("run pod sandbox %s: %w", meta.GetName(), err)
 	}
@@ -46,9 +46,9 @@ func (p *Pods) Run(ctx context.Context, cfg *runtimeapi.PodSandboxConfig, handle
 	if err != nil {
 		return nil, err
 	}
-	pod := newPod(p, &podRecord{ID: id, Phase: creating, Handler: handler, CreatedAt: time.Now().UnixNano(), config: cfg})
+	pod := newPod(p, &podRecord{ID: id, Phase: creating, Handler: handler, CreatedAt: time.Now().UnixNano(), Size: size, config: cfg})
 	pod.progress = pr
-	err = p.start(ctx, pod, size)
+	err = p.start(ctx, pod, size.MemoryBytes+reserve)
 	last := Step{Name: "ready", Nanos: time.Now().UnixNano() - pod.createdAt, Last: true}
 	if err != nil {
 		last.Name, last.Error = "failed", err.Error()
@@ -61,8 +61,8 @@ func (p *Pods) Run(ctx context.Context, cfg *runtimeapi.PodSandboxConfig, handle
 	return pod, nil
 }
 
-// start takes the steps. On error it has undone them.
-func (p *Pods) start(ctx context.Context, pod *Pod, size size) (err error) {
+// start takes the steps; memory is the whole VM's. On error it has undone them.
+func (p *Pods) start(ctx context.Context, pod *Pod, memory int64) (err error) {
 	dir, run, rec := pod.dir, pod.run, pod.rec
 	cfg := rec.config
 	st := &starter{pod: pod.id, progress: pod.progress}
@@ -89,7 +89,7 @@ func (p *Pods) start(ctx context.Context, pod *Pod, size size) (err error) {
 		}
 	}()
 
-	release, err := p.admit(size.memory)
+	release, err := p.admit(memory)
 	if err != nil {
 		return err
 	}
@@ -136,7 +136,7 @@ func (p *Pods) start(ctx context.Context, pod *Pod, size size) (err error) {
 	}
 
 	if err := st.step(ctx, "shim", func(ctx context.Context) error {
-		return p.startShim(ctx, pod, size)
+		return p.startShim(ctx, pod, memory)
 	}, func(ctx context.Context) error { return pod.killShim(ctx) }); err != nil {
 		return err
 	}
@@ -189,7 +189,7 @@ func (p *Pods) admit(bytes int64) (release func(), err error) {
 }
 
 // startShim runs the pod's shim and connects to it.
-func (p *Pods) startShim(ctx context.Context, pod *Pod, size size) error {
+func (p *Pods) startShim(ctx context.Context, pod *Pod, memory int64) error {
 	guest, err := p.o.Guest(runtime.GOARCH)
 	if err != nil {
 		return fmt.Errorf("guest image: %w", err)
@@ -201,7 +201,7 @@ func (p *Pods) startShim(ctx context.Context, pod *Pod, size size) error {
 	c := shim.Config{
 		ID: pod.id, PodDir: pod.dir, RunDir: pod.run, Driver: p.o.Driver,
 		Arch: guest.Arch, Kernel: guest.Kernel, Initrd: guest.Initrd, Cmdline: guest.Cmdline,
-		CPUs: size.cpus, MemoryBytes: size.memory,
+		CPUs: rec.Size.CPUs, MemoryBytes: memory,
 		Cgroups: rec.Cgroups, Timeouts: p.o.Timeouts,
 	}
 	var inherit []*os.File

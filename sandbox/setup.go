@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -13,36 +14,34 @@ import (
 	"github.com/cri-vz/cri-vz/sandbox/network"
 )
 
-// size is what a pod's VM gets.
-type size struct {
-	cpus   int
-	memory int64 // bytes, a multiple of 1 MiB
+// sizeOf is what a pod's VM gets (T4): the class's size or what the pod's limits
+// need, whichever is more, because the kubelet's linux.resources sums only the
+// containers that have limits; and the pod's overhead. The reserve, which the
+// guest's kernel and agent use, comes on top of Size. A limit of more CPUs than
+// the host has means all of them.
+func sizeOf(c Class, hostCPUs int, cfg *runtimeapi.PodSandboxConfig) (_ Size, reserve int64, err error) {
+	res, over := cfg.GetLinux().GetResources(), cfg.GetLinux().GetOverhead()
+	for _, m := range []int64{res.GetMemoryLimitInBytes(), over.GetMemoryLimitInBytes()} {
+		if m < 0 || m > 1<<44 {
+			return Size{}, 0, fmt.Errorf("memory limit of %d bytes is no size for a VM: %w", m, errdefs.ErrInvalidArgument)
+		}
+	}
+	memory := max(cmp.Or(c.MemoryBytes, 512*mib), res.GetMemoryLimitInBytes()) + over.GetMemoryLimitInBytes()
+	cpus := (max(int64(c.CPUs)*1000, 1000, milliCPUs(res)) + milliCPUs(over) + 999) / 1000
+	return Size{
+		CPUs:        min(max(c.CPUs, int(min(cpus, int64(hostCPUs))), 1), maxCPUs),
+		MemoryBytes: roundUp(memory),
+	}, roundUp(cmp.Or(c.ReserveBytes, 64*mib)), nil
 }
 
-// sizeOf is the class's size or what the pod's limits need, whichever is more
-// (T4): kubelet's linux.resources sums only the containers that have limits.
-func sizeOf(c Class, cfg *runtimeapi.PodSandboxConfig) (size, error) {
-	const mib = 1 << 20
-	cpus, memory, reserve := max(c.CPUs, 1), c.MemoryBytes, c.ReserveBytes
-	if memory == 0 {
-		memory = 512 * mib
-	}
-	if reserve == 0 {
-		reserve = 64 * mib
-	}
-	res, over := cfg.GetLinux().GetResources(), cfg.GetLinux().GetOverhead()
-	limit := res.GetMemoryLimitInBytes()
-	if limit < 0 || limit > 1<<44 {
-		return size{}, fmt.Errorf("memory limit of %d bytes: %w", limit, errdefs.ErrInvalidArgument)
-	}
-	memory = max(memory, limit)
-	// The pod's overhead pays for what the VM itself needs, as far as it goes.
-	memory += max(reserve, min(over.GetMemoryLimitInBytes(), 1<<40))
-	if q, p := res.GetCpuQuota(), res.GetCpuPeriod(); q > 0 && p > 0 {
-		cpus = max(cpus, int(min((q+p-1)/p, 1024)))
-	}
-	return size{cpus: cpus, memory: (memory + mib - 1) / mib * mib}, nil
-}
+const (
+	mib = 1 << 20
+	// maxCPUs is what QEMU's machines for both architectures can have.
+	maxCPUs = 255
+)
+
+// roundUp makes a VM's memory a multiple of 1 MiB, as vmm wants it.
+func roundUp(bytes int64) int64 { return (bytes + mib - 1) / mib * mib }
 
 // sandboxSetUp is what the agent needs to know of the pod.
 func sandboxSetUp(cfg *runtimeapi.PodSandboxConfig, net *network.Result) (*guestapi.SetUpSandboxRequest, error) {

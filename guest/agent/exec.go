@@ -40,10 +40,10 @@ func (a *Agent) Exec(ctx context.Context, r *api.ExecRequest) (*api.ExecResponse
 		return nil, existsf("exec in container %q: exec %q exists", r.Id, r.ExecId)
 	}
 	c.reserved[r.ExecId] = true
-	init := c.init
+	init, spec := c.init, c.spec
 	c.mu.Unlock()
 
-	p, err := a.exec(ctx, sb, c, init, r)
+	p, err := a.exec(ctx, sb, c, spec, init, r)
 	c.mu.Lock()
 	delete(c.reserved, r.ExecId)
 	gone := c.state == removing
@@ -61,8 +61,8 @@ func (a *Agent) Exec(ctx context.Context, r *api.ExecRequest) (*api.ExecResponse
 	return &api.ExecResponse{Pid: uint32(p.pid)}, nil
 }
 
-func (a *Agent) exec(ctx context.Context, sb *sandbox, c *ctr, init *process, r *api.ExecRequest) (*process, error) {
-	command := *c.spec.Process
+func (a *Agent) exec(ctx context.Context, sb *sandbox, c *ctr, spec *specs.Spec, init *process, r *api.ExecRequest) (*process, error) {
+	command := *spec.Process
 	command.Args = r.Args
 	command.Env = append(append([]string(nil), command.Env...), r.Env...)
 	command.Terminal = r.Tty
@@ -96,7 +96,7 @@ func (a *Agent) exec(ctx context.Context, sb *sandbox, c *ctr, init *process, r 
 		p.stdio.stdin.once = true
 	}
 	config := &container.Config{
-		Spec: specs.Spec{Process: &command, Linux: &specs.Linux{Seccomp: c.spec.Linux.Seccomp}},
+		Spec: specs.Spec{Process: &command, Linux: &specs.Linux{Seccomp: spec.Linux.Seccomp}},
 		User: c.runAs(),
 		// Descriptor 4 is the container's pidfd, which stands for all of its
 		// namespaces.

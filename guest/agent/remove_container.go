@@ -4,11 +4,9 @@ package agent
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 
 	"github.com/cri-vz/cri-vz/guest/api"
-	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
 // RemoveContainer kills, unmounts and forgets a container. It is idempotent,
@@ -69,24 +67,4 @@ func (a *Agent) RemoveContainer(ctx context.Context, r *api.RemoveContainerReque
 		}
 		return &api.RemoveContainerResponse{}, nil
 	}
-}
-
-// UpdateContainer changes limits, all or none.
-func (a *Agent) UpdateContainer(_ context.Context, r *api.UpdateContainerRequest) (*api.UpdateContainerResponse, error) {
-	var resources specs.LinuxResources
-	if err := json.Unmarshal(r.Resources, &resources); err != nil {
-		return nil, invalidf("update container %q: resources: %w", r.Id, err)
-	}
-	c, err := a.container(r.Id)
-	if err != nil {
-		return nil, err
-	}
-	set, err := settings(&resources)
-	if err == nil {
-		err = c.cgroup.apply(set)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("update container %q: %w", r.Id, err)
-	}
-	return &api.UpdateContainerResponse{}, nil
 }

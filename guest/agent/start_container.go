@@ -38,12 +38,12 @@ func (a *Agent) StartContainer(ctx context.Context, r *api.StartContainerRequest
 	}
 	c.state, c.settled = starting, make(chan struct{})
 	settled := c.settled
-	p := c.init
+	p, spec := c.init, *c.spec
 	c.mu.Unlock()
 	defer close(settled)
 
 	start := &podStart{Role: RoleContainerInit, NewMounts: true, NewCgroup: true, NewPID: c.ownPID, JoinPID: c.target != nil}
-	config := &container.Config{Spec: *c.spec, User: c.runAs()}
+	config := &container.Config{Spec: spec, User: c.runAs()}
 	var join *os.File
 	if c.target != nil {
 		join = c.target.pidfd

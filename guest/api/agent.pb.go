@@ -339,6 +339,7 @@ type SetUpSandboxRequest struct {
 	UnixNanos     int64                  `protobuf:"varint,9,opt,name=unix_nanos,json=unixNanos,proto3" json:"unix_nanos,omitempty"`                                                     // the host's clock
 	Entropy       []byte                 `protobuf:"bytes,10,opt,name=entropy,proto3" json:"entropy,omitempty"`                                                                          // mixed into the guest's pool; at most 512 bytes
 	HostAliases   []*HostAlias           `protobuf:"bytes,11,rep,name=host_aliases,json=hostAliases,proto3" json:"host_aliases,omitempty"`                                               // lines for the pod's default /etc/hosts
+	PidsMax       int64                  `protobuf:"varint,20,opt,name=pids_max,json=pidsMax,proto3" json:"pids_max,omitempty"`                                                          // processes and threads in the pod; 0: the kernel's own bound
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -448,6 +449,13 @@ func (x *SetUpSandboxRequest) GetHostAliases() []*HostAlias {
 		return x.HostAliases
 	}
 	return nil
+}
+
+func (x *SetUpSandboxRequest) GetPidsMax() int64 {
+	if x != nil {
+		return x.PidsMax
+	}
+	return 0
 }
 
 type Interface struct {
@@ -1773,9 +1781,13 @@ func (*RemoveContainerResponse) Descriptor() ([]byte, []int) {
 }
 
 type UpdateContainerRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Resources     []byte                 `protobuf:"bytes,2,opt,name=resources,proto3" json:"resources,omitempty"` // OCI LinuxResources JSON; zero fields stay as they are
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// resources are OCI LinuxResources JSON; zero fields stay as they are. With
+	// memory.checkBeforeUpdate a limit below what the container can't give up is
+	// refused: setting it would end the container.
+	Resources     []byte `protobuf:"bytes,2,opt,name=resources,proto3" json:"resources,omitempty"`
+	OomScoreAdj   *int32 `protobuf:"varint,3,opt,name=oom_score_adj,json=oomScoreAdj,proto3,oneof" json:"oom_score_adj,omitempty"` // of all processes of the container
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1822,6 +1834,13 @@ func (x *UpdateContainerRequest) GetResources() []byte {
 		return x.Resources
 	}
 	return nil
+}
+
+func (x *UpdateContainerRequest) GetOomScoreAdj() int32 {
+	if x != nil && x.OomScoreAdj != nil {
+		return *x.OomScoreAdj
+	}
+	return 0
 }
 
 type UpdateContainerResponse struct {
@@ -2477,7 +2496,7 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"\tIDMapping\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\rR\vcontainerId\x12\x17\n" +
 	"\ahost_id\x18\x02 \x01(\rR\x06hostId\x12\x16\n" +
-	"\x06length\x18\x03 \x01(\rR\x06length\"\xf7\x04\n" +
+	"\x06length\x18\x03 \x01(\rR\x06length\"\x92\x05\n" +
 	"\x13SetUpSandboxRequest\x12\x1a\n" +
 	"\bhostname\x18\x01 \x01(\tR\bhostname\x128\n" +
 	"\bpid_mode\x18\x02 \x01(\x0e2\x1d.crivz.guest.v1.NamespaceModeR\apidMode\x12<\n" +
@@ -2493,7 +2512,8 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"unix_nanos\x18\t \x01(\x03R\tunixNanos\x12\x18\n" +
 	"\aentropy\x18\n" +
 	" \x01(\fR\aentropy\x12<\n" +
-	"\fhost_aliases\x18\v \x03(\v2\x19.crivz.guest.v1.HostAliasR\vhostAliases\x1a:\n" +
+	"\fhost_aliases\x18\v \x03(\v2\x19.crivz.guest.v1.HostAliasR\vhostAliases\x12\x19\n" +
+	"\bpids_max\x18\x14 \x01(\x03R\apidsMax\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"a\n" +
@@ -2586,10 +2606,12 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"\x12RemoveExecResponse\"(\n" +
 	"\x16RemoveContainerRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x19\n" +
-	"\x17RemoveContainerResponse\"F\n" +
+	"\x17RemoveContainerResponse\"\x81\x01\n" +
 	"\x16UpdateContainerRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
-	"\tresources\x18\x02 \x01(\fR\tresources\"\x19\n" +
+	"\tresources\x18\x02 \x01(\fR\tresources\x12'\n" +
+	"\room_score_adj\x18\x03 \x01(\x05H\x00R\voomScoreAdj\x88\x01\x01B\x10\n" +
+	"\x0e_oom_score_adj\"\x19\n" +
 	"\x17UpdateContainerResponse\" \n" +
 	"\fStatsRequest\x12\x10\n" +
 	"\x03ids\x18\x01 \x03(\tR\x03ids\"\xe0\x01\n" +
@@ -2784,6 +2806,7 @@ func file_guest_api_agent_proto_init() {
 		return
 	}
 	file_guest_api_agent_proto_msgTypes[11].OneofWrappers = []any{}
+	file_guest_api_agent_proto_msgTypes[28].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

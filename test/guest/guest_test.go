@@ -555,6 +555,20 @@ func testUpdate(t *testing.T, v *vm, _ []string) {
 	if err := update(`{"memory":{"limit":-1},"cpu":{"quota":-1}}`); err != nil {
 		t.Error(err)
 	}
+	// A limit that would end the container is refused, and it lives.
+	wantCode(t, update(`{"memory":{"limit":4096,"checkBeforeUpdate":true}}`), codes.FailedPrecondition, "4096")
+	if got, _ = v.exec("main", "limits", "/probe", "read", "/sys/fs/cgroup/memory.max"); got != "max\n" {
+		t.Errorf("memory.max is %q after a refused update", got)
+	}
+	adj := int32(321)
+	if _, err := v.agent.UpdateContainer(v.ctx(), &api.UpdateContainerRequest{Id: "main", Resources: []byte(`{}`), OomScoreAdj: &adj}); err != nil {
+		t.Error(err)
+	}
+	for _, who := range []string{"1", "self"} { // the container's own process, and execs to come
+		if got, _ = v.exec("main", "score", "/probe", "read", "/proc/"+who+"/oom_score_adj"); got != "321\n" {
+			t.Errorf("oom_score_adj of process %s is %q", who, got)
+		}
+	}
 }
 
 func testVolumes(t *testing.T, v *vm, layers []string) {
