@@ -12,6 +12,8 @@ SUDO    := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E env "PATH=$$PATH")
 HOSTS   := linux/amd64 linux/arm64 darwin/amd64 darwin/arm64
 ARCH    := $(shell go env GOARCH)
 LDFLAGS := -s -w -X github.com/cri-vz/cri-vz/cmd/cri-vz/command.Version=$(VERSION)
+CRITEST_PARALLEL ?= 1
+CRITEST_REGISTRY ?=
 AGENT_LDFLAGS := -s -w -X github.com/cri-vz/cri-vz/guest/agent.Version=$(VERSION)
 export CGO_ENABLED := 0
 
@@ -19,7 +21,7 @@ export CGO_ENABLED := 0
 VM_PACKAGES := ./guest/image ./sandbox/qemu ./test/guest ./sandbox ./test/e2e
 UNIT_PACKAGES = $(filter-out $(VM_PACKAGES:.%=github.com/cri-vz/cri-vz%),$(shell go list ./...))
 
-.PHONY: build agent guest setup demo check lint test test-unit test-vm test-long bench kernel clean
+.PHONY: build agent guest setup demo check lint test test-unit test-vm test-long critest bench kernel clean
 
 build: ## bin/cri-vz
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/cri-vz ./cmd/cri-vz
@@ -63,6 +65,9 @@ test-vm:
 
 test-long: test ## what does not fit into CI's 20 minutes: fuzzing, arm64, repeats
 	$(SUDO) hack/real-root hack/test-long
+
+critest: setup guest ## cri-tools' critest, found on PATH: make critest CRITEST_REGISTRY=host:port [CRITEST_PARALLEL=2]
+	$(SUDO) hack/real-root go run ./test/critest -parallel $(CRITEST_PARALLEL) -registry '$(CRITEST_REGISTRY)'
 
 bench: setup guest ## the figures, as ratios from one run
 	$(SUDO) hack/real-root hack/bench

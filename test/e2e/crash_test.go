@@ -93,7 +93,7 @@ func TestPodsAtOnceAndTheirCrashes(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := unix.Kill(vmm.pid, unix.SIGSTOP); err != nil {
+		if err := unix.Kill(vmm.PID, unix.SIGSTOP); err != nil {
 			t.Fatal(err)
 		}
 		began := time.Now()
@@ -169,8 +169,8 @@ func wantGone(t *testing.T, p *pod, ctr string, code int32, began time.Time, bou
 func wantNoMachine(t *testing.T, id string) {
 	t.Helper()
 	for _, p := range processes() {
-		if strings.Contains(p.command, id[:12]) && p.state != 'Z' {
-			t.Errorf("process %d is left: %.200s", p.pid, p.command)
+		if strings.Contains(p.Command, id[:12]) && p.State != 'Z' {
+			t.Errorf("process %d is left: %.200s", p.PID, p.Command)
 		}
 	}
 	for _, c := range cgroupsOf(id[:12]) {
@@ -184,18 +184,18 @@ func killShim(t *testing.T, p *pod, _ string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	rest := descendants(shim.pid)
+	rest := descendants(shim.PID)
 	if len(rest) < 2 {
 		t.Errorf("the shim has %d children", len(rest))
 	}
-	if err := unix.Kill(shim.pid, unix.SIGKILL); err != nil {
+	if err := unix.Kill(shim.PID, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, 2*time.Second, "the shim's children to die with it", func() error {
 		for _, q := range processes() {
 			for _, r := range rest {
-				if q.pid == r.pid && q.state != 'Z' && q.command == r.command {
-					return fmt.Errorf("process %d lives: %.100s", q.pid, q.command)
+				if q.PID == r.PID && q.State != 'Z' && q.Command == r.Command {
+					return fmt.Errorf("process %d lives: %.100s", q.PID, q.Command)
 				}
 			}
 		}
@@ -209,7 +209,7 @@ func killHelper(t *testing.T, p *pod, name string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Kill(h.pid, unix.SIGKILL); err != nil {
+	if err := unix.Kill(h.PID, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 }

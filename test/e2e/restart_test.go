@@ -114,8 +114,8 @@ func TestReboot(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, q := range append(descendants(shim.pid), shim) {
-		_ = unix.Kill(q.pid, unix.SIGKILL)
+	for _, q := range append(descendants(shim.PID), shim) {
+		_ = unix.Kill(q.PID, unix.SIGKILL)
 	}
 	// The shared pod goes on: what is its own stays.
 	for _, dir := range []string{filepath.Join(n.run, p.id[:12]), filepath.Join(n.run, "network", "netns", p.id)} {
