@@ -45,7 +45,7 @@ type Config struct {
 	// not do what the guest asked of a disk, at most once for each: with its
 	// serial and the host's reason. The guest sees an I/O error and goes on. It
 	// must not wait and may be nil.
-	DiskFailed func(serial, reason string)
+	DiskFailed func(serial, reason string) `json:"-"`
 }
 
 // Disk is a raw image that the guest sees as a virtio block device.
