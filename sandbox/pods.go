@@ -102,6 +102,9 @@ func (o *Options) check() error {
 	if o.CgroupRoot == "" {
 		o.CgroupRoot = "cri-vz"
 	}
+	if o.Charge == "" {
+		o.Charge = ChargeAuto
+	}
 	if _, ok := o.Classes[""]; !ok {
 		classes := map[string]Class{"": {}}
 		for k, v := range o.Classes {

@@ -469,6 +469,32 @@ func TestCgroupNames(t *testing.T) {
 	}
 }
 
+// T5
+func TestCgroupParent(t *testing.T) {
+	const mine, none = "/kubepods/pod1", ""
+	for _, tt := range []struct {
+		name            string
+		charge          Charge
+		limit, overhead int64
+		want            string
+	}{
+		{"no limit", ChargeAuto, 0, 0, mine},
+		{"a limit that the VM would outgrow", ChargeAuto, 64 * mib, 0, none},
+		{"too little overhead", ChargeAuto, 64 * mib, 100 * mib, none},
+		{"an overhead that pays for the VM", ChargeAuto, 64 * mib, 320 * mib, mine},
+		{"pod", ChargePod, 64 * mib, 0, mine},
+		{"own", ChargeOwn, 0, 0, none},
+	} {
+		cfg := podConfig("x")
+		cfg.Linux.CgroupParent = mine
+		cfg.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: tt.limit}
+		cfg.Linux.Overhead = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: tt.overhead}
+		if got := cgroupParent(tt.charge, cfg); got != tt.want {
+			t.Errorf("%s: %q, want %q", tt.name, got, tt.want)
+		}
+	}
+}
+
 // T4
 func TestSizeOf(t *testing.T) {
 	limits := func(mem, quota, period int64) *runtimeapi.PodSandboxConfig {

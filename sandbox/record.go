@@ -48,6 +48,8 @@ type podRecord struct {
 	Handler   string          `json:"handler,omitempty"`
 	CreatedAt int64           `json:"createdAt"`
 	Steps     []Step          `json:"steps,omitempty"`
+	// CgroupParent is what the pod's VM is charged to; empty: our own root.
+	CgroupParent string `json:"cgroupParent,omitempty"`
 	// What the steps made, each written before the step acts or, where the step
 	// decides it, right after.
 	Network *network.Result `json:"network,omitempty"`

@@ -161,7 +161,7 @@ func (p *Pods) undoPod(ctx context.Context, pod *Pod) error {
 	if len(cgroups) == 0 && pod.rec.config != nil {
 		// Made, perhaps, but not yet on record: making them again finds them.
 		var err error
-		if cgroups, err = makeCgroups(p.o.CgroupRoot, pod.rec.config.GetLinux().GetCgroupParent(), pod.id); err != nil {
+		if cgroups, err = makeCgroups(p.o.CgroupRoot, pod.rec.CgroupParent, pod.id); err != nil {
 			klog.ErrorS(err, "Finding a pod's cgroups", "pod", pod.id)
 		}
 	}

@@ -39,14 +39,15 @@ func (p *Pods) Run(ctx context.Context, cfg *runtimeapi.PodSandboxConfig, handle
 	if err != nil {
 		return nil, fmt.Errorf("run pod sandbox %s: %w", meta.GetName(), err)
 	}
-	if _, err := cgroupNames(p.o.CgroupRoot, cfg.GetLinux().GetCgroupParent(), "x"); err != nil {
+	parent := cgroupParent(p.o.Charge, cfg)
+	if _, err := cgroupNames(p.o.CgroupRoot, parent, "x"); err != nil {
 		return nil, fmt.Errorf("run pod sandbox %s: %w", meta.GetName(), err)
 	}
 	id, pr, err := p.reserve(meta)
 	if err != nil {
 		return nil, err
 	}
-	pod := newPod(p, &podRecord{ID: id, Phase: creating, Handler: handler, CreatedAt: time.Now().UnixNano(), Size: size, config: cfg})
+	pod := newPod(p, &podRecord{ID: id, Phase: creating, Handler: handler, CgroupParent: parent, CreatedAt: time.Now().UnixNano(), Size: size, config: cfg})
 	pod.progress = pr
 	err = p.start(ctx, pod, size.MemoryBytes+reserve)
 	last := Step{Name: "ready", Nanos: time.Now().UnixNano() - pod.createdAt, Last: true}
@@ -116,7 +117,7 @@ func (p *Pods) start(ctx context.Context, pod *Pod, memory int64) (err error) {
 	}
 
 	if err := st.step(ctx, "cgroup", func(context.Context) (err error) {
-		rec.Cgroups, err = makeCgroups(p.o.CgroupRoot, cfg.GetLinux().GetCgroupParent(), pod.id)
+		rec.Cgroups, err = makeCgroups(p.o.CgroupRoot, rec.CgroupParent, pod.id)
 		return err
 	}, func(ctx context.Context) error { return removeCgroups(ctx, rec.Cgroups) }); err != nil {
 		return err

@@ -52,9 +52,26 @@ type Options struct {
 	// CgroupRoot is the cgroup, relative to each hierarchy's mount point, below
 	// which pods without a cgroup_parent run. Empty: "cri-vz".
 	CgroupRoot string
+	// Charge says whose cgroup pays for VMs. Empty: ChargeAuto.
+	Charge Charge
 	// Timeouts of the shims' waits; zero fields are the defaults.
 	Timeouts shim.Timeouts
 }
+
+// Charge says which cgroup the processes of a pod's VM run in (T5).
+type Charge string
+
+const (
+	// ChargePod is the pod's cgroup_parent. Its limits hold for the whole VM.
+	ChargePod Charge = "pod"
+	// ChargeOwn is Options.CgroupRoot.
+	ChargeOwn Charge = "own"
+	// ChargeAuto is the pod's, unless its memory limit leaves no room for what a
+	// VM needs besides its containers: a kubelet's limit for a pod is the sum of
+	// its containers' and of what its RuntimeClass declares as overhead, and a VM
+	// that outgrows it is killed with all that runs in it.
+	ChargeAuto Charge = "auto"
+)
 
 // Class is the size of a runtime handler's virtual machines.
 type Class struct {

@@ -43,6 +43,22 @@ const (
 // roundUp makes a VM's memory a multiple of 1 MiB, as vmm wants it.
 func roundUp(bytes int64) int64 { return (bytes + mib - 1) / mib * mib }
 
+// vmOverhead is what an idle VM takes of the host besides its containers: the
+// guest's kernel and agent, QEMU, shim and virtiofsd are 200 to 270 MiB
+// (make bench), and some to spare.
+const vmOverhead = 320 << 20
+
+// cgroupParent is the cgroup that the pod's VM is charged to, empty for our own
+// root (T5).
+func cgroupParent(charge Charge, cfg *runtimeapi.PodSandboxConfig) string {
+	linux := cfg.GetLinux()
+	limited := linux.GetResources().GetMemoryLimitInBytes() > 0
+	if charge == ChargeOwn || charge == ChargeAuto && limited && linux.GetOverhead().GetMemoryLimitInBytes() < vmOverhead {
+		return ""
+	}
+	return linux.GetCgroupParent()
+}
+
 // sandboxSetUp is what the agent needs to know of the pod.
 func sandboxSetUp(cfg *runtimeapi.PodSandboxConfig, net *network.Result) (*guestapi.SetUpSandboxRequest, error) {
 	sec := cfg.GetLinux().GetSecurityContext()

@@ -163,6 +163,7 @@ func openPods(ctx context.Context, c *config.Config, guestDir string, subnet net
 		Network: nw,
 		Boots:   c.VM.Boots,
 		Classes: classes,
+		Charge:  sandbox.Charge(c.Kubelet.SandboxCgroup),
 	})
 	return pods, nw, err
 }

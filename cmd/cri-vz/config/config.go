@@ -57,7 +57,8 @@ type Config struct {
 		Class   map[string]Class `toml:"class"`
 	} `toml:"vm"`
 	Kubelet struct {
-		CgroupDriver string `toml:"cgroup_driver"`
+		CgroupDriver  string `toml:"cgroup_driver"`
+		SandboxCgroup string `toml:"sandbox_cgroup"`
 	} `toml:"kubelet"`
 }
 
@@ -183,6 +184,9 @@ func (c *Config) validate() error {
 	}
 	if !map[string]bool{"auto": true, "systemd": true, "cgroupfs": true}[c.Kubelet.CgroupDriver] {
 		return fmt.Errorf("kubelet.cgroup_driver: %q is none of auto, systemd and cgroupfs", c.Kubelet.CgroupDriver)
+	}
+	if !map[string]bool{"auto": true, "pod": true, "own": true}[c.Kubelet.SandboxCgroup] {
+		return fmt.Errorf("kubelet.sandbox_cgroup: %q is none of auto, pod and own", c.Kubelet.SandboxCgroup)
 	}
 	classes := map[string]Class{"vm.default": c.VM.Default}
 	for name, class := range c.VM.Class {
