@@ -155,17 +155,22 @@ func (p *Pod) CreateContainer(ctx context.Context, cc CreateContainer) (_ *Conta
 		_, _ = ask(uctx, client.RemoveContainer, &shimapi.RemoveContainerRequest{Id: id})
 		return nil, err
 	}
+	// Both locks, so that a Remove of the pod takes all of the container along or
+	// comes before all of it.
+	p.pods.mu.Lock()
 	p.mu.Lock()
+	defer p.pods.mu.Unlock()
+	defer p.mu.Unlock()
+	if p.removed {
+		return nil, fmt.Errorf("pod sandbox %s was removed meanwhile: %w", p.id, errdefs.ErrFailedPrecondition)
+	}
 	p.ctrs[id] = c
 	for _, cs := range p.state.GetContainers() {
 		if cs.GetId() == id {
 			c.updateLocked(cs)
 		}
 	}
-	p.mu.Unlock()
-	p.pods.mu.Lock()
 	p.pods.containers[id] = c
-	p.pods.mu.Unlock()
 	return c, nil
 }
 

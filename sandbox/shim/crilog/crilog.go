@@ -30,6 +30,8 @@ const (
 	stallAfter = time.Second
 	// retryEvery is how often a disk that refused a write is tried again.
 	retryEvery = 200 * time.Millisecond
+	// reopenWait bounds how long Reopen waits for the disk.
+	reopenWait = 5 * time.Second
 	// closeWait bounds how long Close waits for the disk.
 	closeWait = time.Second
 	// maxBatch is how much one write takes from the queue.
@@ -113,14 +115,19 @@ func openFile(path string) (*os.File, error) {
 // the Writer after Reopen returned are in the new file. On error the Writer goes on with
 // the old file.
 func (w *Writer) Reopen() error {
-	answer := make(chan error, 1)
+	answer, hangs := make(chan error, 1), time.After(reopenWait)
 	select {
 	case w.reopen <- answer:
-		return <-answer
 	case <-w.done:
 		return fmt.Errorf("log %s is closed: %w", w.path, errdefs.ErrFailedPrecondition)
-	case <-time.After(5 * time.Second):
-		return fmt.Errorf("reopen log %s: its disk has not taken a write for 5 s: %w", w.path, errdefs.ErrUnavailable)
+	case <-hangs:
+		return fmt.Errorf("reopen log %s: its disk has not taken a write for %v: %w", w.path, reopenWait, errdefs.ErrUnavailable)
+	}
+	select {
+	case err := <-answer:
+		return err
+	case <-hangs:
+		return fmt.Errorf("reopen log %s: its disk has not answered for %v: %w", w.path, reopenWait, errdefs.ErrUnavailable)
 	}
 }
 

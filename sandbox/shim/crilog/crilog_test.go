@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"go.uber.org/goleak"
 )
 
@@ -142,6 +143,27 @@ func TestReopenLosesNoLine(t *testing.T) {
 	if err := w.Reopen(); err == nil {
 		t.Fatal("Reopen of a closed log succeeded")
 	}
+}
+
+// A file system that hangs in open(2) does not hang whoever rotates logs.
+func TestReopenIsBounded(t *testing.T) {
+	hang := make(chan struct{})
+	opened := false
+	w, err := newWriter(filepath.Join(t.TempDir(), "0.log"), func(path string) (file, error) {
+		if opened {
+			<-hang
+		}
+		opened = true
+		return openFile(path)
+	}, time.Now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Reopen(); !errdefs.IsUnavailable(err) {
+		t.Errorf("Reopen: %v, want unavailable", err)
+	}
+	close(hang)
+	w.Close()
 }
 
 func TestOpenRefusesWhatIsNoPlainFile(t *testing.T) {
