@@ -44,7 +44,9 @@ type platform struct {
 }
 
 var platforms = map[string]platform{
-	"amd64": {"qemu-system-x86_64", "qemu-system-x86", "q35", "max", "ttyS0"},
+	// -erms,-fsrm: TCG carries out "rep movsb" byte by byte. Without these flags
+	// Linux copies by plain loads and stores: 2.3 times the bytes through a socket.
+	"amd64": {"qemu-system-x86_64", "qemu-system-x86", "q35", "max,-erms,-fsrm", "ttyS0"},
 	// pauth-impdef: pointer authentication by a cheap function instead of QARMA,
 	// which costs an emulated guest half of its time.
 	"arm64": {"qemu-system-aarch64", "qemu-system-arm", "virt,gic-version=3", "max,pauth-impdef=on", "ttyAMA0"},
