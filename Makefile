@@ -19,9 +19,9 @@ export CGO_ENABLED := 0
 
 # Packages whose tests boot VMs run one at a time: a boot takes a whole core.
 VM_PACKAGES := ./guest/image ./sandbox/qemu ./test/guest ./sandbox ./test/e2e
-UNIT_PACKAGES = $(filter-out $(VM_PACKAGES:.%=github.com/cri-vz/cri-vz%),$(shell go list ./...))
+UNIT_PACKAGES = $(filter-out $(VM_PACKAGES:.%=github.com/cri-vz/cri-vz%) %/test/node,$(shell go list ./...))
 
-.PHONY: build agent guest setup demo check lint test test-unit test-vm test-long critest bench kernel clean
+.PHONY: build agent guest setup demo check lint test test-unit test-vm test-node test-long critest bench kernel clean
 
 build: ## bin/cri-vz
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/cri-vz ./cmd/cri-vz
@@ -62,6 +62,10 @@ test-unit:
 
 test-vm:
 	$(SUDO) hack/real-root hack/test-vm $(VM_PACKAGES)
+
+test-node: setup guest ## a kubelet and a control plane on cri-vz; builds them once, some 10 minutes
+	bin=$$(test/node/kubernetes/build); \
+	  $(SUDO) hack/real-root env KUBERNETES_BIN="$$bin" go test -count 1 -timeout 60m -v ./test/node
 
 test-long: test ## what does not fit into CI's 20 minutes: fuzzing, arm64, repeats
 	$(SUDO) hack/real-root hack/test-long

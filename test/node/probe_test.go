@@ -1,0 +1,78 @@
+//go:build linux
+
+package node_test
+
+import (
+	"testing"
+	"time"
+)
+
+// Each kind of probe passes, and its failing shows: the readiness probe takes
+// the pod out of service, the liveness probe restarts the container, and the
+// startup probe keeps the liveness probe from doing so too early.
+func TestProbes(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	n.apply(`
+apiVersion: v1
+kind: Pod
+metadata: {name: probed}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: readiness-exec
+    image: IMAGE
+    command: [sh, -c, "touch /tmp/ready; exec sleep infinity"]
+    readinessProbe: {exec: {command: [cat, /tmp/ready]}, periodSeconds: 1, failureThreshold: 2, timeoutSeconds: 10}
+  - name: liveness-http
+    image: IMAGE
+    command: [/bin/web]
+    livenessProbe: {httpGet: {path: /healthz, port: 3000}, periodSeconds: 2, timeoutSeconds: 10}
+    readinessProbe: {httpGet: {path: /healthz, port: 3000}, periodSeconds: 1, timeoutSeconds: 10}
+  - name: liveness-tcp
+    image: IMAGE
+    command: [/bin/web, tcp-echo, "4000"]
+    livenessProbe: {tcpSocket: {port: 4000}, periodSeconds: 2, timeoutSeconds: 10}
+  - name: startup
+    image: IMAGE
+    # Alive only after 6 s: without the startup probe liveness ends it before.
+    command: [sh, -c, "sleep 6; touch /tmp/alive; exec sleep infinity"]
+    startupProbe: {exec: {command: [cat, /tmp/alive]}, periodSeconds: 1, failureThreshold: 60, timeoutSeconds: 10}
+    livenessProbe: {exec: {command: [cat, /tmp/alive]}, periodSeconds: 1, failureThreshold: 1, timeoutSeconds: 10}
+`)
+	n.waitFor("condition=Ready", "pod/probed")
+	restarts := `{range .status.containerStatuses[*]}{.name}={.restartCount} {end}`
+	n.want("restarts", n.get("pod/probed", restarts), "liveness-http=0 liveness-tcp=0 readiness-exec=0 startup=0")
+
+	ready := `{.status.conditions[?(@.type=="Ready")].status}`
+	n.run("exec", "probed", "-c", "readiness-exec", "--", "rm", "/tmp/ready")
+	n.becomes(time.Minute, "pod/probed", ready, "False")
+	n.run("exec", "probed", "-c", "readiness-exec", "--", "touch", "/tmp/ready")
+	n.becomes(time.Minute, "pod/probed", ready, "True")
+
+	n.run("exec", "probed", "-c", "startup", "--", "rm", "/tmp/alive")
+	n.becomes(time.Minute, "pod/probed", restarts, "liveness-http=0 liveness-tcp=0 readiness-exec=0 startup=1")
+	n.want("reason of the restart", n.get("pod/probed", `{.status.containerStatuses[?(@.name=="startup")].lastState.terminated.exitCode}`), "137")
+	n.waitFor("condition=Ready", "pod/probed")
+}
+
+// A server whose port is closed is restarted by its liveness probes.
+func TestDeafServersRestart(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	n.apply(`
+apiVersion: v1
+kind: Pod
+metadata: {name: deaf}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: http
+    image: IMAGE
+    livenessProbe: {httpGet: {path: /healthz, port: 3000}, periodSeconds: 1, failureThreshold: 2}
+  - name: tcp
+    image: IMAGE
+    livenessProbe: {tcpSocket: {port: 4000}, periodSeconds: 1, failureThreshold: 2}
+`)
+	n.becomes(2*time.Minute, "pod/deaf", `{range .status.containerStatuses[*]}{.name}={.restartCount} {end}`, "http=1 tcp=1")
+}
