@@ -3,8 +3,11 @@
 package e2e_test
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -54,10 +57,32 @@ func TestDaemonIsKilled(t *testing.T) {
 	wantCount(t, readLog(t, p.container(t, counts).GetLogPath()).stdout, 300)
 }
 
-// T13, T10: a shim that dies while no daemon looks is found dead.
-func TestShimDiesWithoutDaemon(t *testing.T) {
+// T6: a service manager that kills the daemon's cgroup, and not just its process,
+// takes no pod along. T13, T10: a shim that dies while no daemon looks is found
+// dead.
+func TestDaemonsCgroupIsKilled(t *testing.T) {
+	cgroup := ownCgroup(t)
+	if err := suite.node.stop(); err != nil {
+		t.Fatal(err)
+	}
+	cmd := suite.node.command()
+	cmd.Path, cmd.Args = "/bin/sh", append([]string{"sh", "-c", `echo $$ > "$0/cgroup.procs" && exec "$@"`, cgroup}, cmd.Args...)
+	if err := suite.node.startCommand(cmd); err != nil {
+		t.Fatal(err)
+	}
 	p := newPod(t, podConfig(suite.node, "orphan"))
 	ctr := p.start(t, "loses", command("/bin/sleep", "infinity"))
+	killCgroup(t, cgroup)
+	if !suite.node.daemon.Ended() {
+		t.Fatal("the daemon was not in its cgroup")
+	}
+	if err := suite.node.start(); err != nil {
+		t.Fatal(err)
+	}
+	if got := p.output(t, ctr, "/bin/echo", "still here"); got != "still here\n" {
+		t.Errorf("exec after the daemon's cgroup was killed: %q", got)
+	}
+
 	suite.node.kill()
 	began := time.Now()
 	killShim(t, p, ctr)
@@ -65,6 +90,50 @@ func TestShimDiesWithoutDaemon(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantGone(t, p, ctr, 255, began, 10*time.Second)
+}
+
+// ownCgroup makes a cgroup for the test's length, in the first hierarchy that
+// pods have theirs in.
+func ownCgroup(t *testing.T) string {
+	t.Helper()
+	for _, root := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/memory", "/sys/fs/cgroup/pids"} {
+		dir := filepath.Join(root, "cri-vz-e2e-daemon")
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			continue
+		}
+		t.Cleanup(func() {
+			if err := os.Remove(dir); err != nil {
+				t.Error(err)
+			}
+		})
+		if _, err := os.Stat(filepath.Join(dir, "cgroup.procs")); err == nil {
+			return dir
+		}
+	}
+	t.Fatal("no cgroup can be made below /sys/fs/cgroup: mount one (cgroup2, or memory or pids of v1)")
+	return ""
+}
+
+// killCgroup kills all that is in a cgroup.
+func killCgroup(t *testing.T, dir string) {
+	t.Helper()
+	eventually(t, 5*time.Second, "the daemon's cgroup to be empty", func() error {
+		b, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		pids := strings.Fields(string(b))
+		for _, f := range pids {
+			if pid, err := strconv.Atoi(f); err == nil && pid > 1 {
+				_ = unix.Kill(pid, unix.SIGKILL)
+			}
+		}
+		if len(pids) > 0 {
+			return fmt.Errorf("processes %v are in it", pids)
+		}
+		return nil
+	})
+	<-time.After(100 * time.Millisecond) // the daemon is reaped by who started it
 }
 
 // A clean stop leaves pods running; a second daemon on the same root is refused

@@ -60,6 +60,7 @@ func TestPod(t *testing.T) {
 				{"Volumes", testVolumes},
 				{"ImageVolume", testImageVolume},
 				{"Target", testTarget},
+				{"GuestRoot", testGuestRoot},
 				{"BadRequests", testBadRequests},
 				{"Devices", testDevices},
 				{"Modules", testModules},
@@ -642,6 +643,23 @@ func testTarget(t *testing.T, v *vm, layers []string) {
 	if w.ExitCode != 0 || !strings.Contains(got, "serve") {
 		t.Errorf("got %q, %v", got, w)
 	}
+}
+
+// testGuestRoot: the guest's own root is a tmpfs that nobody writes to, so that
+// the agent's program can't be replaced by way of /proc (T20).
+func testGuestRoot(t *testing.T, v *vm, layers []string) {
+	r := request("root", layers)
+	r.PidMode = api.NamespaceMode_NODE
+	got, w := v.run(r, spec("read", "/proc/1/mountinfo"))
+	for line := range strings.Lines(got) {
+		if f := strings.Fields(line); len(f) > 5 && f[4] == "/" {
+			if !strings.Contains(line, " - tmpfs ") || !strings.HasPrefix(f[5], "ro") {
+				t.Errorf("the guest's root is %q", line)
+			}
+			return
+		}
+	}
+	t.Errorf("no root in %q, %v", got, w)
 }
 
 func testBadRequests(t *testing.T, v *vm, layers []string) {
