@@ -95,7 +95,7 @@ var messages = []message{
 	}, accepted: []meaning{
 		{"cgroup_parent", "where shim, QEMU and virtiofsd are charged on the host"},
 		{"sysctls", "set in the pod's namespaces in the guest"},
-		{"resources", "the VM's size: the class's or these limits, whichever is more, and overhead and a reserve for the guest's kernel on top. What the host's available memory can't hold is `ResourceExhausted`. The size is fixed when the pod starts"},
+		{"resources", "the VM's size: the class's or these limits, whichever is more, and overhead and a reserve for the guest's kernel on top; a limit of more CPUs than the host has means all of them. What the host's available memory can't hold is `ResourceExhausted`. The size is fixed when the pod starts"},
 		{"overhead", "added to the VM's size"},
 	}},
 	{name: "LinuxSandboxSecurityContext", honoured: "namespace_options", refused: []refusal{
@@ -147,13 +147,13 @@ var messages = []message{
 		{field: "cpu_quota: 1 to 999", reason: "likewise", container: resources(&runtimeapi.LinuxContainerResources{CpuQuota: 5})},
 		{field: "cpu_shares: negative", reason: "no weight", container: resources(&runtimeapi.LinuxContainerResources{CpuShares: -5})},
 		{field: "oom_score_adj: not -1000 to 1000", reason: "what the kernel takes", container: resources(&runtimeapi.LinuxContainerResources{OomScoreAdj: 5000})},
-		{field: "hugepage_limits: above 0", reason: "the VM has no huge pages", container: resources(&runtimeapi.LinuxContainerResources{HugepageLimits: []*runtimeapi.HugepageLimit{{PageSize: "2MB", Limit: 1}}})},
+		{field: "hugepage_limits: above 0", reason: "`hugepages_mib` of the VM class is 0, or the size is not 2MB; above it they are `ResourceExhausted`"},
 		{field: "unified: not the name of a controller's file", reason: "it would be a path", container: resources(&runtimeapi.LinuxContainerResources{Unified: map[string]string{"../x": "1"}})},
 	}, accepted: []meaning{
 		{"oom_score_adj", "of the container's processes in the guest"},
 		{"cpuset_cpus", "none: they number the host's CPUs"},
 		{"cpuset_mems", "none: they number the host's memory nodes, and a VM's memory is not bound to one"},
-		{"hugepage_limits: 0", "none"},
+		{"hugepage_limits", "of the guest's own huge pages, which a VM class with `hugepages_mib` sets aside. Programs map them by MAP_HUGETLB or memfd_create; a volume of the medium HugePages is the host's"},
 		{"unified", "files of the container's cgroup in the guest"},
 	}},
 	{name: "HugepageLimit", honoured: "page_size limit"},

@@ -43,11 +43,6 @@ func checkResources(at string, r *runtimeapi.LinuxContainerResources) error {
 	if adj := r.GetOomScoreAdj(); adj < -1000 || adj > 1000 {
 		return refuse(at+".oom_score_adj", fmt.Sprintf("%d is not in -1000 to 1000", adj))
 	}
-	for _, h := range r.GetHugepageLimits() {
-		if h.GetLimit() > 0 {
-			return refuse(at+".hugepage_limits", "the pod's VM has no huge pages")
-		}
-	}
 	for name := range r.GetUnified() {
 		if !strings.Contains(name, ".") || strings.ContainsAny(name, "/\x00\n") || strings.HasPrefix(name, "cgroup.") {
 			return refuse(at+".unified", fmt.Sprintf("%q is not the name of a controller's file", name))
@@ -76,5 +71,9 @@ func linuxResources(r *runtimeapi.LinuxContainerResources) *specs.LinuxResources
 			memory.Swap = &s
 		}
 	}
-	return &specs.LinuxResources{CPU: cpu, Memory: memory, Unified: maps.Clone(r.GetUnified())}
+	res := &specs.LinuxResources{CPU: cpu, Memory: memory, Unified: maps.Clone(r.GetUnified())}
+	for _, h := range r.GetHugepageLimits() {
+		res.HugepageLimits = append(res.HugepageLimits, specs.LinuxHugepageLimit{Pagesize: h.GetPageSize(), Limit: h.GetLimit()})
+	}
+	return res
 }

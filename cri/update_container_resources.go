@@ -56,6 +56,9 @@ func planUpdate(now, change *runtimeapi.LinuxContainerResources) (*sandbox.Updat
 	if change.GetCpuPeriod() != 0 || change.GetCpuQuota() != 0 || change.GetCpuShares() != 0 {
 		u.Guest.CPU = all.CPU
 	}
+	if len(change.GetHugepageLimits()) > 0 {
+		u.Guest.HugepageLimits = all.HugepageLimits
+	}
 	if change.GetOomScoreAdj() != 0 {
 		adj := int32(next.GetOomScoreAdj())
 		u.OOMScoreAdj = &adj

@@ -108,6 +108,10 @@ func (p *Pod) CreateContainer(ctx context.Context, cc CreateContainer) (_ *Conta
 	if err != nil {
 		return nil, err
 	}
+	// Not Size: a pod of an older daemon has none on record, and no huge pages.
+	if err := p.rec.Size.checkHugepages(cc.Config.GetLinux().GetResources()); err != nil {
+		return nil, fmt.Errorf("create container %s: config.linux.resources.%w", meta.GetName(), err)
+	}
 	id, err := p.pods.reserveContainer(p.id, meta)
 	if err != nil {
 		return nil, err

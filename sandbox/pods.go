@@ -86,8 +86,8 @@ func (o *Options) check() error {
 			bad("Options.%s %q is not an absolute path", name, p)
 		}
 	}
-	if o.Guest == nil || o.Scratch == nil || o.Network == nil {
-		bad("Options.Guest, Scratch and Network are required")
+	if o.Scratch == nil || o.Network == nil {
+		bad("Options.Scratch and Network are required")
 	}
 	if o.Boots < 0 {
 		bad("Options.Boots is %d", o.Boots)
@@ -111,6 +111,11 @@ func (o *Options) check() error {
 			classes[k] = v
 		}
 		o.Classes = classes
+	}
+	for name, c := range o.Classes {
+		if c.Guest == nil && o.Guest == nil {
+			bad("Options.Guest is required, for class %q", name)
+		}
 	}
 	if len(o.ShimCommand) == 0 {
 		self, err := os.Executable()

@@ -512,17 +512,31 @@ func TestSizeOf(t *testing.T) {
 		cfg   *runtimeapi.PodSandboxConfig
 		want  Size
 	}{
-		{"defaults", Class{}, podConfig("x"), Size{1, 512 * mib}},
-		{"class is more", Class{CPUs: 4, MemoryBytes: 2048 * mib}, limits(100*mib, 100000, 100000), Size{4, 2048 * mib}},
-		{"limits are more", Class{CPUs: 1, MemoryBytes: 128 * mib}, limits(1024*mib+1, 250000, 100000), Size{3, 1025 * mib}},
-		{"no period", Class{}, limits(0, 200000, 0), Size{2, 512 * mib}},
-		{"overhead on top of the class", Class{MemoryBytes: 512 * mib}, overhead(limits(100*mib, 0, 0)), Size{2, 612 * mib}},
-		{"overhead on top of limits", Class{MemoryBytes: 512 * mib}, overhead(limits(1024*mib, 150000, 100000)), Size{2, 1124 * mib}},
+		{"defaults", Class{}, podConfig("x"), Size{CPUs: 1, MemoryBytes: 512 * mib}},
+		{"class is more", Class{CPUs: 4, MemoryBytes: 2048 * mib}, limits(100*mib, 100000, 100000), Size{CPUs: 4, MemoryBytes: 2048 * mib}},
+		{"limits are more", Class{CPUs: 1, MemoryBytes: 128 * mib}, limits(1024*mib+1, 250000, 100000), Size{CPUs: 3, MemoryBytes: 1025 * mib}},
+		{"no period", Class{}, limits(0, 200000, 0), Size{CPUs: 2, MemoryBytes: 512 * mib}},
+		{"overhead on top of the class", Class{MemoryBytes: 512 * mib}, overhead(limits(100*mib, 0, 0)), Size{CPUs: 2, MemoryBytes: 612 * mib}},
+		{"overhead on top of limits", Class{MemoryBytes: 512 * mib}, overhead(limits(1024*mib, 150000, 100000)), Size{CPUs: 2, MemoryBytes: 1124 * mib}},
 	} {
 		got, reserve, err := sizeOf(tt.class, 8, tt.cfg)
 		if got != tt.want || reserve != 64*mib || err != nil {
 			t.Errorf("%s: %+v, %d, %v, want %+v", tt.name, got, reserve, err, tt.want)
 		}
+	}
+	huge := limits(0, 0, 0)
+	huge.Linux.Resources.HugepageLimits = []*runtimeapi.HugepageLimit{{PageSize: "2MB", Limit: 4 * mib}, {PageSize: "1GB"}}
+	if _, _, err := sizeOf(Class{}, 8, huge); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "hugepage_limits") { // T28
+		t.Errorf("huge pages of a class that has none: %v", err)
+	}
+	if got, _, err := sizeOf(Class{HugepageBytes: 4 * mib}, 8, huge); got.HugepageBytes != 4*mib || err != nil {
+		t.Errorf("huge pages: %+v, %v", got, err)
+	}
+	if _, _, err := sizeOf(Class{HugepageBytes: 2 * mib}, 8, huge); !errdefs.IsResourceExhausted(err) {
+		t.Errorf("more huge pages than the class has: %v", err)
+	}
+	if got := (Size{HugepageBytes: 4 * mib}).cmdline(); got != " default_hugepagesz=2M hugepagesz=2M hugepages=2" {
+		t.Errorf("command line %q", got)
 	}
 	if _, _, err := sizeOf(Class{}, 8, limits(1<<50, 0, 0)); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("a petabyte: %v", err)

@@ -55,6 +55,9 @@ func (c *Container) UpdateResources(ctx context.Context, work func(now *runtimea
 	if err != nil {
 		return fmt.Errorf("update container %s: %w", c.id, err)
 	}
+	if err := c.pod.rec.Size.checkHugepages(u.Resources); err != nil {
+		return fmt.Errorf("update container %s: linux.%w", c.id, err)
+	}
 	if err := c.pod.holds(now, u.Resources); err != nil {
 		return fmt.Errorf("update container %s: %w", c.id, err)
 	}
@@ -102,6 +105,8 @@ func (p *Pod) holds(now, next *runtimeapi.LinuxContainerResources) error {
 type Size struct {
 	CPUs        int
 	MemoryBytes int64 // without the reserve of the guest's kernel and agent
+	// HugepageBytes are set aside in huge pages, besides MemoryBytes.
+	HugepageBytes int64 `json:",omitempty"`
 }
 
 // Size is the VM's, which doesn't change while the pod lives.

@@ -56,7 +56,7 @@ func TestUpdateResources(t *testing.T) {
 		t.Fatal(err)
 	}
 	check(again)
-	if s, err := again.Pod().Size(); s != (Size{1, 1 << 20}) || err != nil {
+	if s, err := again.Pod().Size(); s != (Size{CPUs: 1, MemoryBytes: 1 << 20}) || err != nil {
 		t.Errorf("size %+v, %v", s, err)
 	}
 	if err := again.Pod().Stop(t.Context()); err != nil {

@@ -49,7 +49,7 @@ func (p *Pods) Run(ctx context.Context, cfg *runtimeapi.PodSandboxConfig, handle
 	}
 	pod := newPod(p, &podRecord{ID: id, Phase: creating, Handler: handler, CgroupParent: parent, CreatedAt: time.Now().UnixNano(), Size: size, config: cfg})
 	pod.progress = pr
-	err = p.start(ctx, pod, size.MemoryBytes+reserve)
+	err = p.start(ctx, pod, size.MemoryBytes+size.HugepageBytes+reserve)
 	last := Step{Name: "ready", Nanos: time.Now().UnixNano() - pod.createdAt, Last: true}
 	if err != nil {
 		last.Name, last.Error = "failed", err.Error()
@@ -191,17 +191,21 @@ func (p *Pods) admit(bytes int64) (release func(), err error) {
 
 // startShim runs the pod's shim and connects to it.
 func (p *Pods) startShim(ctx context.Context, pod *Pod, memory int64) error {
-	guest, err := p.o.Guest(runtime.GOARCH)
+	rec := pod.rec
+	locate := p.o.Guest
+	if own := p.o.Classes[rec.Handler].Guest; own != nil {
+		locate = own
+	}
+	guest, err := locate(runtime.GOARCH)
 	if err != nil {
 		return fmt.Errorf("guest image: %w", err)
 	}
 	if guest.Arch == "" {
 		guest.Arch = runtime.GOARCH
 	}
-	rec := pod.rec
 	c := shim.Config{
 		ID: pod.id, PodDir: pod.dir, RunDir: pod.run, Driver: p.o.Driver,
-		Arch: guest.Arch, Kernel: guest.Kernel, Initrd: guest.Initrd, Cmdline: guest.Cmdline,
+		Arch: guest.Arch, Kernel: guest.Kernel, Initrd: guest.Initrd, Cmdline: guest.Cmdline + rec.Size.cmdline(),
 		CPUs: rec.Size.CPUs, MemoryBytes: memory,
 		Cgroups: rec.Cgroups, Timeouts: p.o.Timeouts,
 	}
@@ -293,7 +297,7 @@ func (p *Pods) boot(ctx context.Context, pod *Pod) error {
 	if d := time.Since(start); d > 50*time.Millisecond {
 		pod.progress.add(Step{Name: "wait for other boots", Nanos: int64(d)})
 	}
-	setUp, err := sandboxSetUp(pod.rec.config, pod.rec.Network)
+	setUp, err := sandboxSetUp(p.o.Classes[pod.rec.Handler], pod.rec.config, pod.rec.Network)
 	if err != nil {
 		return fmt.Errorf("sandbox set-up: %w", err)
 	}

@@ -34,7 +34,8 @@ type Options struct {
 	Run string
 	// Driver makes the virtual machines; see [shim.Driver].
 	Driver shim.Driver
-	// Guest finds the boot files for an architecture as GOARCH spells it.
+	// Guest finds the boot files for an architecture as GOARCH spells it, for
+	// classes that have none of their own.
 	Guest func(arch string) (Guest, error)
 	// Scratch makes the sparse ext4 image at path for a pod's writable layers;
 	// the path doesn't exist yet.
@@ -73,12 +74,15 @@ const (
 	ChargeAuto Charge = "auto"
 )
 
-// Class is the size of a runtime handler's virtual machines.
+// Class is what a runtime handler's virtual machines are like.
 type Class struct {
-	CPUs         int   // virtual CPUs, at least; 0: 1
-	MemoryBytes  int64 // guest memory for containers, at least; 0: 512 MiB
-	ReserveBytes int64 // added for the guest's kernel and agent; 0: 64 MiB
-	PidsMax      int64 // processes in the guest; 0: the kernel's default
+	CPUs          int   // virtual CPUs, at least; 0: 1
+	MemoryBytes   int64 // guest memory for containers, at least; 0: 512 MiB
+	ReserveBytes  int64 // added for the guest's kernel and agent; 0: 64 MiB
+	HugepageBytes int64 // in huge pages of 2 MiB, besides MemoryBytes
+	PidsMax       int64 // processes and threads of the containers; 0: the kernel's default
+	// Guest finds the boot files; nil: Options.Guest.
+	Guest func(arch string) (Guest, error)
 }
 
 // Guest is what a VM boots.

@@ -26,11 +26,16 @@ func sizeOf(c Class, hostCPUs int, cfg *runtimeapi.PodSandboxConfig) (_ Size, re
 			return Size{}, 0, fmt.Errorf("memory limit of %d bytes is no size for a VM: %w", m, errdefs.ErrInvalidArgument)
 		}
 	}
+	for _, r := range []*runtimeapi.LinuxContainerResources{res, over} {
+		if err := (Size{HugepageBytes: c.HugepageBytes}).checkHugepages(r); err != nil {
+			return Size{}, 0, err
+		}
+	}
 	memory := max(cmp.Or(c.MemoryBytes, 512*mib), res.GetMemoryLimitInBytes()) + over.GetMemoryLimitInBytes()
 	cpus := (max(int64(c.CPUs)*1000, 1000, milliCPUs(res)) + milliCPUs(over) + 999) / 1000
 	return Size{
 		CPUs:        min(max(c.CPUs, int(min(cpus, int64(hostCPUs))), 1), maxCPUs),
-		MemoryBytes: roundUp(memory),
+		MemoryBytes: roundUp(memory), HugepageBytes: c.HugepageBytes,
 	}, roundUp(cmp.Or(c.ReserveBytes, 64*mib)), nil
 }
 
@@ -59,14 +64,44 @@ func cgroupParent(charge Charge, cfg *runtimeapi.PodSandboxConfig) string {
 	return linux.GetCgroupParent()
 }
 
+// hugepageSize is the one size of huge pages that VMs have, in the kernel's words
+// and in the CRI's.
+const hugepageSize, hugepageSizeCRI = "2M", "2MB"
+
+// cmdline has the guest's kernel set huge pages aside while memory is still in
+// one piece.
+func (s Size) cmdline() string {
+	if s.HugepageBytes == 0 {
+		return ""
+	}
+	return fmt.Sprintf(" default_hugepagesz=%[1]s hugepagesz=%[1]s hugepages=%[2]d", hugepageSize, s.HugepageBytes/(2*mib))
+}
+
+// checkHugepages refuses limits on huge pages that the VM doesn't have (T28).
+func (s Size) checkHugepages(r *runtimeapi.LinuxContainerResources) error {
+	for _, h := range r.GetHugepageLimits() {
+		switch {
+		case h.GetLimit() == 0: // the kubelet sends one for each size that the node knows
+		case s.HugepageBytes == 0:
+			return fmt.Errorf("hugepage_limits: VMs of this runtime handler have no huge pages: %w", errdefs.ErrInvalidArgument)
+		case h.GetPageSize() != hugepageSizeCRI:
+			return fmt.Errorf("hugepage_limits: the VM has pages of %s, not of %q: %w", hugepageSizeCRI, h.GetPageSize(), errdefs.ErrInvalidArgument)
+		case h.GetLimit() > uint64(s.HugepageBytes):
+			return fmt.Errorf("hugepage_limits: %d MiB are more than the %d MiB that the VM has in huge pages: %w", h.GetLimit()>>20, s.HugepageBytes>>20, errdefs.ErrResourceExhausted)
+		}
+	}
+	return nil
+}
+
 // sandboxSetUp is what the agent needs to know of the pod.
-func sandboxSetUp(cfg *runtimeapi.PodSandboxConfig, net *network.Result) (*guestapi.SetUpSandboxRequest, error) {
+func sandboxSetUp(c Class, cfg *runtimeapi.PodSandboxConfig, net *network.Result) (*guestapi.SetUpSandboxRequest, error) {
 	sec := cfg.GetLinux().GetSecurityContext()
 	ns := sec.GetNamespaceOptions()
 	req := &guestapi.SetUpSandboxRequest{
 		Hostname: cfg.GetHostname(),
 		PidMode:  guestapi.NamespaceMode(ns.GetPid()),
 		Sysctls:  cfg.GetLinux().GetSysctls(),
+		PidsMax:  c.PidsMax,
 	}
 	if req.Hostname == "" {
 		req.Hostname = cfg.GetMetadata().GetName()

@@ -160,9 +160,6 @@ func settings(r *specs.LinuxResources) ([]setting, error) {
 		if strings.ContainsAny(h.Pagesize, "/.") {
 			return nil, invalidf("huge page size %q", h.Pagesize)
 		}
-		if h.Limit == 0 {
-			continue // kubelet sends a zero for every size the host knows
-		}
 		s = append(s, setting{"hugetlb." + h.Pagesize + ".max", strconv.FormatUint(h.Limit, 10)})
 	}
 	names := make([]string, 0, len(r.Unified))
@@ -223,8 +220,10 @@ func (c cgroup) apply(set []setting) error {
 		if err == nil {
 			err = c.write(s.file, s.value)
 		} else if errors.Is(err, fs.ErrNotExist) {
-			if s.file == "memory.swap.max" && s.value == "0" {
-				continue // a kernel without swap accounting has nothing to forbid
+			if s.value == "0" && (s.file == "memory.swap.max" || strings.HasPrefix(s.file, "hugetlb.")) {
+				// A kernel without swap accounting has nothing to forbid, and kubelet
+				// sends a zero for every page size that the host knows.
+				continue
 			}
 			err = invalidf("cgroup limit %s = %s: the guest's kernel doesn't have it", s.file, s.value)
 		}

@@ -31,7 +31,7 @@ func TestSettings(t *testing.T) {
 		{"unified", `{"unified":{"memory.oom.group":"1","cpu.idle":"0"}}`, `cpu.idle=0 memory.oom.group=1`},
 		{"unified out of it", `{"unified":{"../x.y":"1"}}`, `!`},
 		{"unified core file", `{"unified":{"cgroup.procs":"1"}}`, `!`},
-		{"huge pages", `{"hugepageLimits":[{"pageSize":"2MB","limit":0},{"pageSize":"1GB","limit":5}]}`, `hugetlb.1GB.max=5`},
+		{"huge pages", `{"hugepageLimits":[{"pageSize":"2MB","limit":0},{"pageSize":"1GB","limit":5}]}`, `hugetlb.2MB.max=0 hugetlb.1GB.max=5`},
 		{"huge path", `{"hugepageLimits":[{"pageSize":"../x","limit":5}]}`, `!`},
 	} {
 		var r specs.LinuxResources

@@ -230,7 +230,12 @@ func (c cgroup) allowDevices(rules []deviceRule) error {
 		insns:   uint64(uintptr(unsafe.Pointer(&code[0]))),
 		license: uint64(uintptr(unsafe.Pointer(&license[0]))),
 	}
-	prog, _, e := unix.Syscall(unix.SYS_BPF, progLoad, uintptr(unsafe.Pointer(&load)), unsafe.Sizeof(load))
+	var prog uintptr
+	e := unix.EAGAIN
+	// A signal interrupts the verifier with EAGAIN, and Go's scheduler sends some.
+	for try := 0; e == unix.EAGAIN && try < 100; try++ {
+		prog, _, e = unix.Syscall(unix.SYS_BPF, progLoad, uintptr(unsafe.Pointer(&load)), unsafe.Sizeof(load))
+	}
 	runtime.KeepAlive(code)
 	runtime.KeepAlive(license)
 	if e != 0 {

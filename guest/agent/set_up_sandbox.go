@@ -75,6 +75,14 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 		}
 		return nil
 	})
+	if r.PidsMax > 0 {
+		s.run("pids", func() error {
+			if err := a.require(ctx, "cgroup"); err != nil {
+				return err
+			}
+			return cgroup(filepath.Join(a.paths.cgroup, "pod")).write("pids.max", strconv.FormatInt(r.PidsMax, 10))
+		})
+	}
 	s.run("pod files", func() error { return a.writePodFiles(r) })
 	if s.err == nil {
 		reply, err := sb.pod.call(ctx, &message{Op: opSetup, Setup: setup}, nil)

@@ -266,6 +266,7 @@ func TestDaemonWithoutItsParts(t *testing.T) {
 		{"no guest", []string{`guest: dir = "` + empty + `"`}, []string{empty, "cri-vz guest build"}},
 		{"unknown key", []string{`colour = "blue"`}, []string{"colour", "unknown key"}},
 		{"streaming for everybody", []string{"vm: accel = \"tcg\"\n[streaming]\naddress = \"0.0.0.0:0\""}, []string{"0.0.0.0", "loopback"}},
+		{"no such kernel", []string{"vm: class.x = { cpus = 1, memory_mib = 128, kernel = \"custom\" }"}, []string{"vm.class.x", "custom", "cri-vz guest build"}},
 		{"long socket path", []string{`listen = "unix:///` + strings.Repeat("x", 120) + `"`}, []string{"103 bytes"}}, // T14
 	} {
 		t.Run(c.name, func(t *testing.T) {

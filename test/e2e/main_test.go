@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cri-vz/cri-vz/guest/image"
 	"github.com/cri-vz/cri-vz/test/images"
 	"github.com/cri-vz/cri-vz/test/testnode"
 )
@@ -34,6 +35,7 @@ var suite struct {
 	base     string // private directory
 	bin      string // cri-vz
 	guests   string // private copy of the boot files
+	kernel   string // kind of the guest's kernel
 	images   string // built images
 	registry string // host:port in the node's namespace
 	node     *node
@@ -45,7 +47,7 @@ func inner(m *testing.M, base string) (code int, err error) {
 	if err := prepare(); err != nil {
 		return 1, err
 	}
-	suite.node = newNode("main")
+	suite.node = newNode("main", fmt.Sprintf("vm: class.odd = { cpus = 2, memory_mib = 192, kernel = %q, pids_max = 48, hugepages_mib = 16 }", suite.kernel))
 	if err := suite.node.start(); err != nil {
 		return 1, err
 	}
@@ -69,6 +71,11 @@ func prepare() (err error) {
 	if err := testnode.CopyGuest(suite.guests); err != nil {
 		return err
 	}
+	guest, err := image.Locate(suite.guests, runtime.GOARCH)
+	if err != nil {
+		return err
+	}
+	suite.kernel = string(guest.KernelKind)
 	suite.images = filepath.Join(suite.base, "images")
 	if err := os.Mkdir(suite.images, 0o755); err != nil {
 		return err

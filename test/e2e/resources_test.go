@@ -3,6 +3,9 @@
 package e2e_test
 
 import (
+	"fmt"
+	"slices"
+	"strings"
 	"testing"
 
 	"google.golang.org/grpc/codes"
@@ -105,4 +108,88 @@ func TestUpdatePodSandboxResources(t *testing.T) {
 	wantError(t, update(&resources{MemoryLimitInBytes: 2 << 30}, nil), codes.ResourceExhausted, "2048 MiB")
 	wantError(t, update(nil, &resources{MemoryLimitInBytes: 300 << 20}), codes.ResourceExhausted, "600 MiB")
 	wantError(t, update(&resources{MemoryLimitInBytes: -5}, nil), codes.InvalidArgument, "resources.memory_limit_in_bytes")
+}
+
+// Runtime handlers are VM classes: their CPUs, memory, kernel, huge pages and
+// bound of processes are the guest's (T28). A pod's limits and overhead make the
+// VM larger (T4).
+func TestRuntimeHandlers(t *testing.T) {
+	n := suite.node
+	st, err := n.Status(timeout(t, callTimeout), &runtimeapi.StatusRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, h := range st.GetRuntimeHandlers() {
+		names = append(names, h.GetName())
+	}
+	if !slices.Equal(names, []string{"", "odd"}) {
+		t.Errorf("runtime handlers %q", names)
+	}
+
+	cfg := podConfig(n, "odd")
+	cfg.Linux.Resources = &resources{MemoryLimitInBytes: 256 << 20}
+	cfg.Linux.Overhead = &resources{MemoryLimitInBytes: 32 << 20}
+	boots.Add(1)
+	r, err := n.RunPodSandbox(timeout(t, callTimeout), &runtimeapi.RunPodSandboxRequest{Config: cfg, RuntimeHandler: "odd"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &pod{node: n, id: r.GetPodSandboxId(), config: cfg}
+	t.Cleanup(func() { p.remove(t) })
+	if got := p.sandbox(t, p.id).GetRuntimeHandler(); got != "odd" {
+		t.Errorf("runtime handler %q", got)
+	}
+	huge := func(size string, mib uint64) option {
+		return limits(&resources{HugepageLimits: []*runtimeapi.HugepageLimit{{PageSize: size, Limit: mib << 20}, {PageSize: "64KB"}}})
+	}
+	id := p.start(t, "looks", asRoot, command("/bin/sleep", "infinity"), huge("2MB", 4))
+	info := p.output(t, id, "/bin/cat", "/proc/meminfo")
+	number := func(text, name string) (n int) {
+		for line := range strings.Lines(text) {
+			if rest, ok := strings.CutPrefix(line, name+":"); ok {
+				fmt.Sscan(rest, &n)
+			}
+		}
+		return n
+	}
+	// 256 MiB of limits, 32 of overhead, 64 of reserve, 16 in huge pages; the
+	// kernel takes some of it before it counts.
+	if mib := number(info, "MemTotal") >> 10; mib < 320 || mib > 368 {
+		t.Errorf("the guest has %d MiB", mib)
+	}
+	if n := number(info, "HugePages_Total"); n != 8 {
+		t.Errorf("the guest has %d huge pages", n)
+	}
+	if got := p.output(t, id, "/bin/cat", "/sys/fs/cgroup/hugetlb.2MB.max"); got != "4194304\n" {
+		t.Errorf("the container's bound of huge pages: %q", got)
+	}
+	if n := strings.Count(p.output(t, id, "/bin/cat", "/proc/cpuinfo"), "\nprocessor") + 1; n != 2 {
+		t.Errorf("the guest has %d CPUs", n)
+	}
+	for _, c := range []struct {
+		size string
+		mib  uint64
+		code codes.Code
+	}{{"2MB", 32, codes.ResourceExhausted}, {"1GB", 1 << 10, codes.InvalidArgument}} {
+		_, err := p.createContext(t.Context(), "refused", huge(c.size, c.mib))
+		wantError(t, err, c.code, "hugepage_limits")
+	}
+	if err := p.update(t, id, &resources{HugepageLimits: []*runtimeapi.HugepageLimit{{PageSize: "2MB", Limit: 8 << 20}}}); err != nil {
+		t.Error(err)
+	}
+	if got := p.output(t, id, "/bin/cat", "/sys/fs/cgroup/hugetlb.2MB.max"); got != "8388608\n" {
+		t.Errorf("the container's bound of huge pages after an update: %q", got)
+	}
+	// The bound is the pod's: the agent and other pods don't feel it.
+	if r := p.run(t, "forks", command("/bin/spawn-zombies", "200"), freshLog); r.code == 0 {
+		t.Errorf("200 processes in a pod of 48: %+v", r)
+	}
+	shared := sharedPodOf(t)
+	if r := shared.run(t, "forks", command("/bin/spawn-zombies", "200"), freshLog); r.code != 0 {
+		t.Errorf("200 processes in a pod without a bound: %+v", r)
+	}
+	if got := p.output(t, id, "/bin/echo", "alive"); got != "alive\n" {
+		t.Errorf("%q", got)
+	}
 }

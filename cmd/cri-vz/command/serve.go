@@ -70,8 +70,13 @@ func serve(ctx context.Context, c *config.Config) (err error) {
 		}
 	}
 	// A node that can boot nothing must say so now, not at the first pod.
-	if _, err := image.Locate(guestDir, runtime.GOARCH); err != nil {
-		return err
+	if _, err := locateGuest(guestDir, runtime.GOARCH, c.VM.Default); err != nil {
+		return fmt.Errorf("vm.default: %w", err)
+	}
+	for name, cl := range c.VM.Class {
+		if _, err := locateGuest(guestDir, runtime.GOARCH, cl); err != nil {
+			return fmt.Errorf("vm.class.%s: %w", name, err)
+		}
 	}
 	for _, dir := range []string{c.Root, c.Run} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -145,19 +150,15 @@ func openPods(ctx context.Context, c *config.Config, guestDir string, subnet net
 	if err != nil {
 		return nil, nil, err
 	}
-	classes := map[string]sandbox.Class{"": class(c.VM.Default)}
+	classes := map[string]sandbox.Class{"": class(guestDir, c.VM.Default)}
 	for name, cl := range c.VM.Class {
-		classes[name] = class(cl)
+		classes[name] = class(guestDir, cl)
 	}
 	pods, err := sandbox.Open(ctx, sandbox.Options{
 		Root: c.Root,
 		Run:  c.Run,
 		Driver: shim.Driver{
 			Name: c.VM.Driver, Accel: c.VM.Accel, CacheDir: filepath.Join(c.Root, "driver"), UID: c.VM.UID, GID: c.VM.GID,
-		},
-		Guest: func(arch string) (sandbox.Guest, error) {
-			g, err := image.Locate(guestDir, arch)
-			return sandbox.Guest{Arch: g.Arch, Kernel: g.KernelPath, Initrd: g.InitrdPath, Cmdline: g.Cmdline}, err
 		},
 		Scratch: scratch.CreateScratch,
 		Network: nw,
@@ -168,8 +169,21 @@ func openPods(ctx context.Context, c *config.Config, guestDir string, subnet net
 	return pods, nw, err
 }
 
-func class(c config.Class) sandbox.Class {
-	return sandbox.Class{CPUs: c.CPUs, MemoryBytes: c.MemoryMiB << 20}
+func class(guestDir string, c config.Class) sandbox.Class {
+	return sandbox.Class{
+		CPUs: c.CPUs, MemoryBytes: c.MemoryMiB << 20, HugepageBytes: c.HugepagesMiB << 20, PidsMax: c.PidsMax,
+		Guest: func(arch string) (sandbox.Guest, error) { return locateGuest(guestDir, arch, c) },
+	}
+}
+
+// locateGuest finds what the VMs of a class boot.
+func locateGuest(dir, arch string, c config.Class) (sandbox.Guest, error) {
+	locate := image.Locate
+	if c.Kernel != "" {
+		locate = func(dir, arch string) (image.Guest, error) { return image.LocateKind(dir, arch, image.Kind(c.Kernel)) }
+	}
+	g, err := locate(dir, arch)
+	return sandbox.Guest{Arch: g.Arch, Kernel: g.KernelPath, Initrd: g.InitrdPath, Cmdline: g.Cmdline}, err
 }
 
 // listenSocket opens the CRI socket for its owner alone. A socket that a dead

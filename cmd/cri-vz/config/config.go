@@ -62,10 +62,29 @@ type Config struct {
 	} `toml:"kubelet"`
 }
 
-// Class is the size of a virtual machine.
+// Class is what virtual machines of one runtime handler are like.
 type Class struct {
-	CPUs      int   `toml:"cpus"`
-	MemoryMiB int64 `toml:"memory_mib"`
+	CPUs         int    `toml:"cpus"`
+	MemoryMiB    int64  `toml:"memory_mib"`
+	Kernel       string `toml:"kernel"`
+	PidsMax      int64  `toml:"pids_max"`
+	HugepagesMiB int64  `toml:"hugepages_mib"`
+}
+
+func (c Class) validate() error {
+	switch {
+	case c.CPUs < 1 || c.CPUs > 255:
+		return fmt.Errorf("cpus: %d is not in 1 to 255", c.CPUs)
+	case c.MemoryMiB < 64 || c.MemoryMiB > 1<<20:
+		return fmt.Errorf("memory_mib: %d is not in 64 to %d", c.MemoryMiB, 1<<20)
+	case !map[string]bool{"": true, "stock": true, "fast": true, "custom": true}[c.Kernel]:
+		return fmt.Errorf("kernel: %q is none of stock, fast and custom", c.Kernel)
+	case c.PidsMax < 0 || c.PidsMax > 0 && c.PidsMax < 16 || c.PidsMax > 1<<22:
+		return fmt.Errorf("pids_max: %d is neither 0 nor in 16 to %d", c.PidsMax, 1<<22)
+	case c.HugepagesMiB < 0 || c.HugepagesMiB > 1<<20 || c.HugepagesMiB%2 != 0:
+		return fmt.Errorf("hugepages_mib: %d is not an even number in 0 to %d", c.HugepagesMiB, 1<<20)
+	}
+	return nil
 }
 
 // Flags are the keys that the command line can set too.
@@ -196,8 +215,8 @@ func (c *Config) validate() error {
 		classes["vm.class."+name] = class
 	}
 	for key, class := range classes {
-		if class.CPUs < 1 || class.CPUs > 256 || class.MemoryMiB < 64 || class.MemoryMiB > 1<<20 {
-			return fmt.Errorf("%s: cpus must be in 1 to 256 and memory_mib in 64 to %d", key, 1<<20)
+		if err := class.validate(); err != nil {
+			return fmt.Errorf("%s.%w", key, err)
 		}
 	}
 	return nil
