@@ -70,16 +70,6 @@ func TestContainerLifeCycle(t *testing.T) {
 	}
 }
 
-func waitForLog(t *testing.T, path, text string) {
-	t.Helper()
-	eventually(t, 15*time.Second, fmt.Sprintf("%q in %s", text, path), func() error {
-		if log := readLog(t, path); !strings.Contains(log.stdout+log.stderr, text) {
-			return fmt.Errorf("it has %.200q", log)
-		}
-		return nil
-	})
-}
-
 func TestContainerExit(t *testing.T) {
 	p := sharedPodOf(t)
 	for _, c := range []struct {
@@ -118,19 +108,6 @@ func TestContainerExit(t *testing.T) {
 			t.Errorf("status after a failed start: %v", st)
 		}
 	})
-}
-
-func args(a ...string) option { return func(c *runtimeapi.ContainerConfig) { c.Args = a } }
-
-// freshLog gives each container of a name a log of its own.
-func freshLog(c *runtimeapi.ContainerConfig) {
-	c.LogPath = fmt.Sprintf("%s-%d.log", c.GetMetadata().GetName(), time.Now().UnixNano())
-}
-
-func memory(bytes int64) option {
-	return func(c *runtimeapi.ContainerConfig) {
-		c.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: bytes}
-	}
 }
 
 // What a process finds: user, groups, capabilities, files, limits.

@@ -5,7 +5,6 @@ package e2e_test
 import (
 	"errors"
 	"io"
-	"net/http"
 	"strings"
 	"testing"
 	"time"
@@ -15,6 +14,7 @@ import (
 	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
 
 	nodeapi "github.com/cri-vz/cri-vz/cri/api"
+	"github.com/cri-vz/cri-vz/test/criclient"
 )
 
 func TestExecSync(t *testing.T) {
@@ -100,8 +100,8 @@ func TestExecStream(t *testing.T) {
 		s := open(t, true, false, "/bin/cat")
 		text := strings.Repeat("0123456789abcdef", 64<<10) // 1 MiB
 		go func() {
-			_, _ = io.WriteString(s.stdin, text)
-			s.stdin.Close()
+			_, _ = io.WriteString(s.Stdin, text)
+			s.Stdin.Close()
 		}()
 		r, err := s.finish(30 * time.Second)
 		if err != nil || r.stdout != text || r.code != 0 {
@@ -110,7 +110,7 @@ func TestExecStream(t *testing.T) {
 	})
 	t.Run("terminal", func(t *testing.T) {
 		s := open(t, true, true, "/bin/cat")
-		if _, err := io.WriteString(s.stdin, "hello\n\x04"); err != nil { // Ctrl-D
+		if _, err := io.WriteString(s.Stdin, "hello\n\x04"); err != nil { // Ctrl-D
 			t.Fatal(err)
 		}
 		r, err := s.finish(10 * time.Second)
@@ -121,7 +121,7 @@ func TestExecStream(t *testing.T) {
 	t.Run("Ctrl-C", func(t *testing.T) {
 		s := open(t, true, true, "/bin/cat")
 		time.Sleep(200 * time.Millisecond)
-		if _, err := io.WriteString(s.stdin, "\x03"); err != nil {
+		if _, err := io.WriteString(s.Stdin, "\x03"); err != nil {
 			t.Fatal(err)
 		}
 		if r, err := s.finish(10 * time.Second); err != nil || r.code != 130 {
@@ -136,7 +136,7 @@ func TestExecStream(t *testing.T) {
 			}
 			return nil
 		})
-		s.conn.Close()
+		s.Close()
 		eventually(t, 10*time.Second, "the end of the command", func() error {
 			if commandRuns(t, p, "4321") {
 				return errors.New("it runs")
@@ -191,19 +191,7 @@ func TestExecStream(t *testing.T) {
 // openTerminalOutput opens a session that asked for standard output alone.
 func openTerminalOutput(t *testing.T, url string) *terminal {
 	t.Helper()
-	conn, err := dialSPDY(url, remotecommand.StreamProtocolV4Name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	s := &terminal{conn: conn}
-	if s.status, err = conn.CreateStream(http.Header{remotecommand.StreamType: {remotecommand.StreamTypeError}}); err != nil {
-		t.Fatal(err)
-	}
-	if s.stdout, err = conn.CreateStream(http.Header{remotecommand.StreamType: {remotecommand.StreamTypeStdout}}); err != nil {
-		t.Fatal(err)
-	}
-	return s
+	return &terminal{criclient.OpenTerminal(t, url, criclient.Streams{Stdout: true})}
 }
 
 func TestAttach(t *testing.T) {
@@ -219,14 +207,14 @@ func TestAttach(t *testing.T) {
 	t.Run("streams", func(t *testing.T) {
 		id := p.start(t, "attach", command("/bin/cat"), func(c *runtimeapi.ContainerConfig) { c.Stdin, c.StdinOnce = true, true })
 		s := attach(t, id, false)
-		if _, err := io.WriteString(s.stdin, "hello\n"); err != nil {
+		if _, err := io.WriteString(s.Stdin, "hello\n"); err != nil {
 			t.Fatal(err)
 		}
 		buf := make([]byte, 6)
-		if _, err := io.ReadFull(s.stdout, buf); err != nil || string(buf) != "hello\n" {
+		if _, err := io.ReadFull(s.Stdout, buf); err != nil || string(buf) != "hello\n" {
 			t.Fatalf("%q, %v", buf, err)
 		}
-		s.stdin.Close() // stdin_once: the container's input ends with the first client's
+		s.Stdin.Close() // stdin_once: the container's input ends with the first client's
 		if r, err := s.finish(10 * time.Second); err != nil || r.stdout != "" {
 			t.Errorf("%+v, %v", r, err)
 		}
@@ -239,17 +227,17 @@ func TestAttach(t *testing.T) {
 		id := p.start(t, "attach-tty", command("/bin/cat"), func(c *runtimeapi.ContainerConfig) { c.Stdin, c.Tty = true, true })
 		one, two := attach(t, id, true), attach(t, id, true)
 		time.Sleep(300 * time.Millisecond) // both are connected
-		if _, err := io.WriteString(one.stdin, "hi\n"); err != nil {
+		if _, err := io.WriteString(one.Stdin, "hi\n"); err != nil {
 			t.Fatal(err)
 		}
 		for i, s := range []*terminal{one, two} {
 			buf := make([]byte, 8)
-			if _, err := io.ReadFull(s.stdout, buf); err != nil || string(buf) != "hi\r\nhi\r\n" {
+			if _, err := io.ReadFull(s.Stdout, buf); err != nil || string(buf) != "hi\r\nhi\r\n" {
 				t.Errorf("client %d: %q, %v", i, buf, err)
 			}
 		}
-		one.conn.Close() // the other goes on
-		if _, err := io.WriteString(two.stdin, "\x04"); err != nil {
+		one.Close() // the other goes on
+		if _, err := io.WriteString(two.Stdin, "\x04"); err != nil {
 			t.Fatal(err)
 		}
 		if st := p.waitExit(t, id, 10*time.Second); st.GetExitCode() != 0 {

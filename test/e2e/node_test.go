@@ -11,12 +11,11 @@ import (
 	"testing"
 	"time"
 
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	nodeapi "github.com/cri-vz/cri-vz/cri/api"
 	"github.com/cri-vz/cri-vz/sandbox/network"
+	"github.com/cri-vz/cri-vz/test/criclient"
 	"github.com/cri-vz/cri-vz/test/testnode"
 )
 
@@ -25,15 +24,13 @@ type node struct {
 	runtimeapi.RuntimeServiceClient
 	images runtimeapi.ImageServiceClient
 	api    nodeapi.NodeClient
+	cri    *criclient.Client // the same connection
 
 	daemon                              *testnode.Daemon
 	dir, root, run, socket, config, log string // the daemon's
-
-	conn *grpc.ClientConn
 }
 
-// callTimeout bounds every call of a test that has no shorter bound of its own.
-const callTimeout = 90 * time.Second
+const callTimeout = criclient.CallTimeout
 
 // newNode writes the configuration of a daemon of that name, with lines as
 // [testnode.NewDaemon] takes them.
@@ -70,19 +67,15 @@ func (n *node) startCommand(cmd *exec.Cmd) error {
 	if err := n.daemon.StartCommand(cmd); err != nil {
 		return err
 	}
-	if n.conn != nil {
-		n.conn.Close()
+	if n.cri != nil {
+		n.cri.Close()
 	}
 	var err error
-	n.conn, err = grpc.NewClient("unix://"+n.socket,
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(64<<20)))
-	if err != nil {
+	if n.cri, err = criclient.Dial(n.socket); err != nil {
 		return err
 	}
-	n.RuntimeServiceClient = runtimeapi.NewRuntimeServiceClient(n.conn)
-	n.images = runtimeapi.NewImageServiceClient(n.conn)
-	n.api = nodeapi.NewNodeClient(n.conn)
+	n.RuntimeServiceClient, n.images = n.cri.RuntimeServiceClient, n.cri.Images
+	n.api = nodeapi.NewNodeClient(n.cri.Conn())
 	return nil
 }
 
@@ -96,17 +89,8 @@ func (n *node) stop() error { return n.daemon.Stop() }
 func (n *node) finish() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	var errs []error
-	pods, err := n.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
-	errs = append(errs, err)
-	var ids []string
-	for _, p := range pods.GetItems() {
-		_, serr := n.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.GetId()})
-		_, rerr := n.RemovePodSandbox(ctx, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: p.GetId()})
-		errs, ids = append(errs, serr, rerr), append(ids, p.GetId())
-	}
-	errs = append(errs, n.leftovers(ids...), n.stop())
-	n.conn.Close()
+	ids, err := n.cri.RemoveAllPods(ctx)
+	errs := []error{err, n.leftovers(ids...), n.stop(), n.cri.Close()}
 	for _, p := range n.daemon.Processes() {
 		errs = append(errs, fmt.Errorf("process %d is left: %.200s", p.PID, p.Command))
 	}

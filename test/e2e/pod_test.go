@@ -4,14 +4,9 @@ package e2e_test
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io"
-	"os"
 	"path/filepath"
-	"regexp"
 	"runtime"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -21,28 +16,18 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/cri-vz/cri-vz/test/criclient"
 	"github.com/cri-vz/cri-vz/test/images"
 )
 
-// boots counts the VMs that tests started (T46).
-var boots atomic.Int64
-
-// pod is a pod sandbox of a test.
+// pod is a pod sandbox of a test, and the daemon that it belongs to.
 type pod struct {
 	*node
+	cri    *criclient.Pod
 	id     string
 	config *runtimeapi.PodSandboxConfig
-}
-
-func timeout(t *testing.T, d time.Duration) context.Context {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), d)
-	t.Cleanup(cancel)
-	return ctx
 }
 
 // podConfig is a pod of that name; its logs are kept below the node's directory.
@@ -63,13 +48,11 @@ func podConfig(n *node, name string) *runtimeapi.PodSandboxConfig {
 
 func (n *node) runPod(ctx context.Context, cfg *runtimeapi.PodSandboxConfig) (*pod, error) {
 	boots.Add(1)
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	r, err := n.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: cfg})
+	p, err := n.cri.RunPod(ctx, cfg, "")
 	if err != nil {
 		return nil, err
 	}
-	return &pod{node: n, id: r.GetPodSandboxId(), config: cfg}, nil
+	return &pod{node: n, cri: p, id: p.ID, config: cfg}, nil
 }
 
 // newPod runs a pod for one test.
@@ -83,16 +66,7 @@ func newPod(t *testing.T, cfg *runtimeapi.PodSandboxConfig) *pod {
 	return p
 }
 
-func (p *pod) remove(t *testing.T) {
-	t.Helper()
-	ctx := timeout(t, callTimeout)
-	if _, err := p.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.id}); err != nil {
-		t.Errorf("stop pod %s: %v", p.config.GetMetadata().GetName(), err)
-	}
-	if _, err := p.RemovePodSandbox(ctx, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: p.id}); err != nil {
-		t.Errorf("remove pod %s: %v", p.config.GetMetadata().GetName(), err)
-	}
-}
+func (p *pod) remove(t *testing.T) { t.Helper(); p.cri.Remove(t) }
 
 // shared is the pod that most tests put their containers into, so that one boot
 // serves them; it lives until the suite ends. With it comes a container that
@@ -172,95 +146,55 @@ func push(repoTag string, img v1.Image) (tag, digest string, err error) {
 	return ref.String(), ref.Context().Digest(h.String()).String(), nil
 }
 
-func pull(n *node, ref string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
-	defer cancel()
-	if _, err := n.images.PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: ref}}); err != nil {
-		return fmt.Errorf("pull %s: %w", ref, err)
-	}
-	return nil
-}
+func pull(n *node, ref string) error { return n.cri.Pull(ref) }
 
-type option func(*runtimeapi.ContainerConfig)
+// What tests say of pods and containers is criclient's.
+type option = criclient.Option
 
-func command(args ...string) option {
-	return func(c *runtimeapi.ContainerConfig) { c.Command = args }
-}
-
-func security(f func(*runtimeapi.LinuxContainerSecurityContext)) option {
-	return func(c *runtimeapi.ContainerConfig) { f(c.Linux.SecurityContext) }
-}
-
-var asRoot = security(func(s *runtimeapi.LinuxContainerSecurityContext) { s.RunAsUser = &runtimeapi.Int64Value{} })
-
-var privileged = security(func(s *runtimeapi.LinuxContainerSecurityContext) { s.Privileged = true })
-
-func mount(m *runtimeapi.Mount) option {
-	return func(c *runtimeapi.ContainerConfig) { c.Mounts = append(c.Mounts, m) }
-}
-
-func (p *pod) containerConfig(name string, options ...option) (*runtimeapi.ContainerConfig, error) {
-	ref, err := webImage()
-	if err != nil {
-		return nil, err
-	}
-	c := &runtimeapi.ContainerConfig{
-		Metadata: &runtimeapi.ContainerMetadata{Name: name},
-		Image:    &runtimeapi.ImageSpec{Image: ref},
-		LogPath:  name + ".log",
-		Labels:   map[string]string{"container": name},
-		Linux: &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{
-			// A container's namespaces are as its pod's unless it says otherwise.
-			NamespaceOptions: &runtimeapi.NamespaceOption{Pid: p.config.GetLinux().GetSecurityContext().GetNamespaceOptions().GetPid()},
-		}},
-	}
-	for _, o := range options {
-		o(c)
-	}
-	return c, nil
-}
+var (
+	timeout    = criclient.Timeout
+	eventually = criclient.Eventually
+	wantError  = criclient.WantError
+	waitForLog = criclient.WaitForLog
+	command    = criclient.Command
+	args       = criclient.Args
+	security   = criclient.Security
+	memory     = criclient.MemoryLimit
+	mount      = criclient.Mount
+	asRoot     = option(criclient.AsRoot)
+	privileged = option(criclient.Privileged)
+	freshLog   = option(criclient.FreshLog)
+	boots      atomic.Int64 // the VMs that tests started (T46)
+)
 
 func (p *pod) createContext(ctx context.Context, name string, options ...option) (string, error) {
-	c, err := p.containerConfig(name, options...)
-	if err != nil {
+	if err := p.withImage(); err != nil {
 		return "", err
 	}
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	r, err := p.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: p.id, Config: c, SandboxConfig: p.config})
-	return r.GetContainerId(), err
+	return p.cri.CreateContext(ctx, name, options...)
 }
 
 func (p *pod) createAndStart(ctx context.Context, name string, options ...option) (string, error) {
-	id, err := p.createContext(ctx, name, options...)
-	if err != nil {
+	if err := p.withImage(); err != nil {
 		return "", err
 	}
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	_, err = p.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: id})
-	return id, err
+	return p.cri.CreateAndStart(ctx, name, options...)
 }
 
-// create makes a container for one test.
+// withImage makes sure that the daemon has the test image.
+func (p *pod) withImage() (err error) {
+	p.cri.Image, err = webImage()
+	return err
+}
+
 func (p *pod) create(t *testing.T, name string, options ...option) string {
 	t.Helper()
-	id, err := p.createContext(t.Context(), name, options...)
-	if err != nil {
-		t.Fatalf("create container %s: %v", name, err)
+	if err := p.withImage(); err != nil {
+		t.Fatal(err)
 	}
-	t.Cleanup(func() { p.removeContainer(t, id) })
-	return id
+	return p.cri.Create(t, name, options...)
 }
 
-func (p *pod) removeContainer(t *testing.T, id string) {
-	t.Helper()
-	if _, err := p.RemoveContainer(timeout(t, callTimeout), &runtimeapi.RemoveContainerRequest{ContainerId: id}); err != nil {
-		t.Errorf("remove container %.12s: %v", id, err)
-	}
-}
-
-// start makes and starts a container for one test.
 func (p *pod) start(t *testing.T, name string, options ...option) string {
 	t.Helper()
 	id := p.create(t, name, options...)
@@ -268,42 +202,31 @@ func (p *pod) start(t *testing.T, name string, options ...option) string {
 	return id
 }
 
-func (p *pod) startContainer(t *testing.T, id string) {
+func (p *pod) run(t *testing.T, name string, options ...option) result {
 	t.Helper()
-	if _, err := p.StartContainer(timeout(t, callTimeout), &runtimeapi.StartContainerRequest{ContainerId: id}); err != nil {
-		t.Fatalf("start container %.12s: %v", id, err)
+	if err := p.withImage(); err != nil {
+		t.Fatal(err)
 	}
+	return resultOf(p.cri.Run(t, name, options...))
 }
+
+func (n *node) removeContainer(t *testing.T, id string) { t.Helper(); n.cri.RemoveByID(t, id) }
+
+func (n *node) startContainer(t *testing.T, id string) { t.Helper(); n.cri.StartByID(t, id) }
 
 func (n *node) container(t *testing.T, id string) *runtimeapi.ContainerStatus {
 	t.Helper()
-	r, err := n.ContainerStatus(timeout(t, callTimeout), &runtimeapi.ContainerStatusRequest{ContainerId: id})
-	if err != nil {
-		t.Fatalf("status of container %.12s: %v", id, err)
-	}
-	return r.GetStatus()
+	return n.cri.Container(t, id)
 }
 
 func (n *node) sandbox(t *testing.T, id string) *runtimeapi.PodSandboxStatus {
 	t.Helper()
-	r, err := n.PodSandboxStatus(timeout(t, callTimeout), &runtimeapi.PodSandboxStatusRequest{PodSandboxId: id})
-	if err != nil {
-		t.Fatalf("status of pod %.12s: %v", id, err)
-	}
-	return r.GetStatus()
+	return n.cri.Sandbox(t, id)
 }
 
-// waitExit waits until a container has ended.
 func (n *node) waitExit(t *testing.T, id string, bound time.Duration) *runtimeapi.ContainerStatus {
 	t.Helper()
-	var st *runtimeapi.ContainerStatus
-	eventually(t, bound, "end of container "+id[:12], func() error {
-		if st = n.container(t, id); st.GetState() != runtimeapi.ContainerState_CONTAINER_EXITED {
-			return fmt.Errorf("it is %v", st.GetState())
-		}
-		return nil
-	})
-	return st
+	return n.cri.WaitExit(t, id, bound)
 }
 
 // result is what a command in a container did.
@@ -312,94 +235,19 @@ type result struct {
 	code           int32
 }
 
-// run runs a container to its end.
-func (p *pod) run(t *testing.T, name string, options ...option) result {
-	t.Helper()
-	id := p.start(t, name, options...)
-	st := p.waitExit(t, id, 30*time.Second)
-	r := readLog(t, st.GetLogPath())
-	r.code = st.GetExitCode()
-	return r
-}
+func resultOf(r criclient.Result) result { return result{r.Stdout, r.Stderr, r.Code} }
 
-// exec is ExecSync.
 func (n *node) exec(t *testing.T, id string, args ...string) result {
 	t.Helper()
-	r, err := n.ExecSync(timeout(t, callTimeout), &runtimeapi.ExecSyncRequest{ContainerId: id, Cmd: args, Timeout: 60})
-	if err != nil {
-		t.Fatalf("exec %q: %v", args, err)
-	}
-	return result{string(r.GetStdout()), string(r.GetStderr()), r.GetExitCode()}
+	return resultOf(n.cri.Do(t, id, args...))
 }
 
-// output is the standard output of a command that must succeed.
 func (n *node) output(t *testing.T, id string, args ...string) string {
 	t.Helper()
-	r := n.exec(t, id, args...)
-	if r.code != 0 || r.stderr != "" {
-		t.Fatalf("exec %q: exit code %d: %s", args, r.code, r.stderr)
-	}
-	return r.stdout
+	return n.cri.Output(t, id, args...)
 }
 
-var logLine = regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+(Z|[+-]\d\d:\d\d) (stdout|stderr) ([PF]) (.*)$`)
-
-// readLog reads a log in the CRI's format.
 func readLog(t *testing.T, path string) result {
 	t.Helper()
-	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var out, errs strings.Builder
-	for line := range strings.Lines(string(b)) {
-		m := logLine.FindStringSubmatch(strings.TrimSuffix(line, "\n"))
-		if m == nil {
-			t.Fatalf("%s: not a line of the CRI's log format: %.100q", path, line)
-		}
-		var w io.StringWriter = &out
-		if m[2] == "stderr" {
-			w = &errs
-		}
-		end := "\n"
-		if m[3] == "P" {
-			end = ""
-		}
-		_, _ = w.WriteString(m[4] + end)
-	}
-	return result{stdout: out.String(), stderr: errs.String()}
-}
-
-// eventually polls until check succeeds.
-func eventually(t *testing.T, bound time.Duration, what string, check func() error) {
-	t.Helper()
-	var err error
-	for deadline := time.Now().Add(bound); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		if err = check(); err == nil {
-			return
-		}
-	}
-	t.Fatalf("waited %v for %s: %v", bound, what, err)
-}
-
-// wantError checks an error's code and that its text has all words.
-func wantError(t *testing.T, err error, code codes.Code, words ...string) {
-	t.Helper()
-	switch {
-	case err == nil:
-		t.Errorf("no error, want %v with %q", code, words)
-		return
-	case errors.Is(err, context.DeadlineExceeded):
-		t.Errorf("the call did not end: %v", err)
-		return
-	}
-	s := status.Convert(err)
-	if s.Code() != code {
-		t.Errorf("code %v, want %v: %v", s.Code(), code, s.Message())
-	}
-	for _, w := range words {
-		if !strings.Contains(s.Message(), w) {
-			t.Errorf("the error does not say %q: %v", w, s.Message())
-		}
-	}
+	return resultOf(criclient.ReadLog(t, path))
 }

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	nodeapi "github.com/cri-vz/cri-vz/cri/api"
+	"github.com/cri-vz/cri-vz/test/criclient"
 )
 
 func TestPortForward(t *testing.T) {
@@ -23,12 +24,12 @@ func TestPortForward(t *testing.T) {
 	waitForLog(t, p.container(t, id).GetLogPath(), "listening")
 	request := bytes.Repeat([]byte("cri-vz! "), 8<<10) // 64 KiB
 
-	exchange := func(f *forwarder, request []byte) error {
-		c, err := f.dial(7000)
+	exchange := func(f *criclient.Forwarder, request []byte) error {
+		c, err := f.Dial(7000)
 		if err != nil {
 			return err
 		}
-		answer, err := c.exchange(request)
+		answer, err := c.Exchange(request)
 		if err != nil {
 			return err
 		}
@@ -59,12 +60,12 @@ func TestPortForward(t *testing.T) {
 	})
 	t.Run("refused", func(t *testing.T) {
 		f := p.forward(t)
-		c, err := f.dial(7001)
+		c, err := f.Dial(7001)
 		if err != nil {
 			t.Fatal(err)
 		}
 		began := time.Now()
-		if _, err = c.exchange([]byte("x")); err == nil || !strings.Contains(err.Error(), "nothing listens on port 7001") {
+		if _, err = c.Exchange([]byte("x")); err == nil || !strings.Contains(err.Error(), "nothing listens on port 7001") {
 			t.Errorf("the error does not say that nothing listens on port 7001: %v", err)
 		}
 		if took := time.Since(began); took > 3*time.Second {
@@ -77,7 +78,7 @@ func TestPortForward(t *testing.T) {
 	t.Run("a client that vanishes", func(t *testing.T) {
 		f := p.forward(t)
 		for range 8 {
-			c, err := f.dial(7000)
+			c, err := f.Dial(7000)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -87,7 +88,7 @@ func TestPortForward(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		f.conn.Close()
+		f.Close()
 		if err := exchange(p.forward(t), request); err != nil {
 			t.Errorf("the next client: %v", err)
 		}
