@@ -23,25 +23,37 @@ import (
 // without KVM takes seconds, and several of them share the processors.
 const CallTimeout = 90 * time.Second
 
-// Client is a connection to a runtime's socket. Its methods may be called
-// concurrently.
+// Client is a connection to a runtime's socket. Its methods but Redial
+// may be called concurrently.
 type Client struct {
 	runtimeapi.RuntimeServiceClient
 	Images runtimeapi.ImageServiceClient
 
-	boots atomic.Int64
-	conn  *grpc.ClientConn
+	socket string
+	boots  atomic.Int64
+	conn   *grpc.ClientConn
 }
 
 // Dial connects to unix://PATH or PATH, at the first call.
 func Dial(socket string) (*Client, error) {
-	conn, err := grpc.NewClient("unix://"+strings.TrimPrefix(socket, "unix://"),
+	c := &Client{socket: strings.TrimPrefix(socket, "unix://")}
+	return c, c.Redial()
+}
+
+// Redial replaces the connection, so that the first call to a runtime that was
+// started anew does not wait out a back-off. No other call may be under way.
+func (c *Client) Redial() error {
+	conn, err := grpc.NewClient("unix://"+c.socket,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(64<<20)))
 	if err != nil {
-		return nil, fmt.Errorf("connect to %s: %w", socket, err)
+		return fmt.Errorf("connect to %s: %w", c.socket, err)
 	}
-	return &Client{RuntimeServiceClient: runtimeapi.NewRuntimeServiceClient(conn), Images: runtimeapi.NewImageServiceClient(conn), conn: conn}, nil
+	if c.conn != nil {
+		c.conn.Close()
+	}
+	c.conn, c.RuntimeServiceClient, c.Images = conn, runtimeapi.NewRuntimeServiceClient(conn), runtimeapi.NewImageServiceClient(conn)
+	return nil
 }
 
 // Conn is the connection itself.

@@ -67,11 +67,13 @@ func (n *node) startCommand(cmd *exec.Cmd) error {
 	if err := n.daemon.StartCommand(cmd); err != nil {
 		return err
 	}
-	if n.cri != nil {
-		n.cri.Close()
-	}
 	var err error
-	if n.cri, err = criclient.Dial(n.socket); err != nil {
+	if n.cri == nil {
+		n.cri, err = criclient.Dial(n.socket)
+	} else {
+		err = n.cri.Redial()
+	}
+	if err != nil {
 		return err
 	}
 	n.RuntimeServiceClient, n.images = n.cri.RuntimeServiceClient, n.cri.Images
