@@ -1,0 +1,175 @@
+//go:build linux
+
+package node_test
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// Init containers run one after the other, a sidecar before the rest and until
+// after the pod's own containers.
+func TestInitAndSidecar(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	n.apply(`
+apiVersion: v1
+kind: Pod
+metadata: {name: staged}
+spec:
+  restartPolicy: Never
+  terminationGracePeriodSeconds: 30
+  initContainers:
+  - name: first
+    image: IMAGE
+    command: [sh, -c, "sleep 1; echo first >> /stages/list"]
+    volumeMounts: [{name: stages, mountPath: /stages}]
+  - name: sidecar
+    image: IMAGE
+    restartPolicy: Always
+    command: [sh, -c, "echo sidecar >> /stages/list; trap 'echo stopped; exit 0' TERM; touch /tmp/up; while :; do sleep 0.2; done"]
+    startupProbe: {exec: {command: [cat, /tmp/up]}, periodSeconds: 1, timeoutSeconds: 10}
+    volumeMounts: [{name: stages, mountPath: /stages}]
+  - name: second
+    image: IMAGE
+    command: [sh, -c, "echo second >> /stages/list"]
+    volumeMounts: [{name: stages, mountPath: /stages}]
+  containers:
+  - name: main
+    image: IMAGE
+    command: [sh, -c, "echo main >> /stages/list; cat /stages/list; cat /stages/list > /dev/termination-log"]
+    volumeMounts: [{name: stages, mountPath: /stages}]
+  volumes: [{name: stages, emptyDir: {}}]
+`)
+	n.waitFor("jsonpath={.status.phase}=Succeeded", "pod/staged")
+	n.want("order", n.run("logs", "staged", "-c", "main"), "first\nsidecar\nsecond\nmain\n")
+	n.want("termination message", n.get("pod/staged", "{.status.containerStatuses[0].state.terminated.message}"), "first\nsidecar\nsecond\nmain")
+	n.want("the sidecar's end", n.get("pod/staged", `{.status.initContainerStatuses[?(@.name=="sidecar")].state.terminated.exitCode}`), "0")
+	n.want("the sidecar's log", n.run("logs", "staged", "-c", "sidecar"), "stopped\n")
+}
+
+// A container that fails is started again, after delays that double (T45).
+func TestCrashLoop(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	n.apply(`
+apiVersion: v1
+kind: Pod
+metadata: {name: crash}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - {name: main, image: IMAGE, command: [sh, -c, "echo run; sleep 0.5; exit 3"]}
+`)
+	const restarts = 5
+	var starts []time.Time
+	var waited bool
+	n.eventually(5*time.Minute, fmt.Sprintf("%d restarts", restarts), func() error {
+		const path = "{.status.containerStatuses[0].lastState.terminated.startedAt} {.status.containerStatuses[0].state.waiting.reason}"
+		f := strings.Fields(n.get("pod/crash", path))
+		if len(f) > 1 && f[1] == "CrashLoopBackOff" {
+			waited = true
+		}
+		if len(f) > 0 {
+			if at, err := time.Parse(time.RFC3339, f[0]); err == nil && (len(starts) == 0 || at.After(starts[len(starts)-1])) {
+				starts = append(starts, at)
+			}
+		}
+		if got := n.get("pod/crash", "{.status.containerStatuses[0].restartCount}"); got != fmt.Sprint(restarts) {
+			return fmt.Errorf("got %s, starts at %v", got, starts)
+		}
+		return nil
+	})
+	if !waited {
+		t.Error("the pod never was in CrashLoopBackOff")
+	}
+	var delays []time.Duration
+	for i := 1; i < len(starts); i++ {
+		delays = append(delays, starts[i].Sub(starts[i-1]))
+	}
+	t.Logf("delays between starts: %v", delays)
+	// The first restart has no delay; times are in whole seconds.
+	if len(delays) < restarts-1 {
+		t.Fatalf("got delays %v, want at least %d", delays, restarts-1)
+	}
+	for i := 2; i < len(delays); i++ {
+		if delays[i] < delays[i-1]*3/2 {
+			t.Errorf("delay %d of %v did not grow", i, delays)
+		}
+	}
+	n.want("exit code", n.get("pod/crash", "{.status.containerStatuses[0].lastState.terminated.exitCode}"), "3")
+	n.want("log of the run before", n.run("logs", "--previous", "crash"), "run\n")
+}
+
+// A container beyond its memory limit ends with OOMKilled; its neighbour goes on.
+func TestOOM(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	n.apply(`
+apiVersion: v1
+kind: Pod
+metadata: {name: greedy}
+spec:
+  restartPolicy: Never
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: greedy
+    image: IMAGE
+    command: [/bin/web, oom]
+    resources: {limits: {memory: 64Mi}}
+  - name: modest
+    image: IMAGE
+    resources: {limits: {memory: 64Mi}}
+`)
+	n.becomes(2*time.Minute, "pod/greedy", `{range .status.containerStatuses[?(@.name=="greedy")]}{.state.terminated.reason} {.state.terminated.exitCode}{end}`, "OOMKilled 137")
+	n.want("the neighbour", n.run("exec", "greedy", "-c", "modest", "--", "echo", "here"), "here\n")
+}
+
+// A pod that is deleted gets its hooks, the signal, and its grace period, no
+// more and no less.
+func TestGracefulDeletion(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	dir := filepath.Join(suite.base, "graceful")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	n.ready("graceful", strings.ReplaceAll(`
+apiVersion: v1
+kind: Pod
+metadata: {name: graceful}
+spec:
+  terminationGracePeriodSeconds: 60
+  containers:
+  - name: main
+    image: IMAGE
+    command: [sh, -c, "trap 'echo term >> /out/list; sleep 2; echo end >> /out/list; exit 0' TERM; while :; do sleep 0.2; done"]
+    lifecycle:
+      postStart: {exec: {command: [sh, -c, "echo postStart >> /out/list"]}}
+      preStop: {exec: {command: [sh, -c, "sleep 1; echo preStop >> /out/list"]}}
+    volumeMounts: [{name: out, mountPath: /out}]
+  volumes: [{name: out, hostPath: {path: OUT}}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: stubborn}
+spec:
+  terminationGracePeriodSeconds: 5
+  containers:
+  - {name: main, image: IMAGE, command: [/bin/web, trap-term]}
+`, "OUT", dir))
+	n.waitFor("condition=Ready", "pod/stubborn")
+	for pod, bounds := range map[string][2]time.Duration{"graceful": {3 * time.Second, 30 * time.Second}, "stubborn": {5 * time.Second, 30 * time.Second}} {
+		began := time.Now()
+		n.run("delete", "pod", pod)
+		if took := time.Since(began); took < bounds[0] || took > bounds[1] {
+			t.Errorf("pod %s was gone after %v, want between %v and %v", pod, took, bounds[0], bounds[1])
+		}
+	}
+	list, err := os.ReadFile(filepath.Join(dir, "list"))
+	n.want("what happened", fmt.Sprint(string(list), err), "postStart\npreStop\nterm\nend\n<nil>")
+}
