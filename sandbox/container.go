@@ -123,6 +123,7 @@ func (p *Pod) CreateContainer(ctx context.Context, cc CreateContainer) (_ *Conta
 	})
 	defer func() {
 		if err != nil {
+			c.releaseHost()
 			if rerr := os.RemoveAll(c.dir); rerr != nil {
 				klog.ErrorS(rerr, "Undoing a failed create", "pod", p.id, "container", id)
 			}
@@ -139,6 +140,9 @@ func (p *Pod) CreateContainer(ctx context.Context, cc CreateContainer) (_ *Conta
 	req, err := c.request(&cc)
 	if err != nil {
 		return nil, err
+	}
+	if err := p.askHost(ctx, id, c.Resources()); err != nil {
+		return nil, fmt.Errorf("config.linux.resources.%w", err)
 	}
 	resp, err := ask(ctx, client.CreateContainer, req)
 	if err != nil {
@@ -345,6 +349,7 @@ func (c *Container) Remove(ctx context.Context) error {
 			return fmt.Errorf("remove container %s: %w", c.id, err)
 		}
 	}
+	c.releaseHost()
 	if err := os.RemoveAll(c.dir); err != nil {
 		return fmt.Errorf("remove container %s: %w", c.id, err)
 	}

@@ -29,6 +29,8 @@ type Pod struct {
 	// op is held by the one call that changes the pod as a whole.
 	op chan struct{}
 
+	host hostShare
+
 	mu       sync.Mutex
 	rec      *podRecord // written to disk by the holder of op only
 	progress *progress  // of the start, if this daemon made it
@@ -44,7 +46,7 @@ type Pod struct {
 func newPod(p *Pods, rec *podRecord) *Pod {
 	return &Pod{
 		pods: p, id: rec.ID, dir: p.podDir(rec.ID), run: p.runDir(rec.ID), createdAt: rec.CreatedAt,
-		op: make(chan struct{}, 1), rec: rec, reason: rec.Reason,
+		op: make(chan struct{}, 1), host: newHostShare(), rec: rec, reason: rec.Reason,
 		changed: make(chan struct{}), ctrs: make(map[string]*Container),
 	}
 }

@@ -146,6 +146,7 @@ func (p *Pod) readContainers() (half []string) {
 			klog.ErrorS(err, "Container's status is unreadable", "pod", p.id, "container", c.id)
 		}
 		p.ctrs[c.id] = c
+		p.host.asked[c.id] = c.Resources()
 	}
 	return half
 }

@@ -59,6 +59,7 @@ type machine struct {
 	dying    bool // its end has a cause, err
 	err      error
 	qemu     *child
+	monitor  *qmpClient // of qemu, once that is ready for commands
 	helpers  []*child
 	shutdown string          // reason of QMP's SHUTDOWN event
 	reported map[string]bool // disks whose errors are in the log
@@ -234,6 +235,9 @@ func (m *machine) start(ctx context.Context) (err error) {
 	if status.Status != "running" && status.Status != "shutdown" {
 		return fmt.Errorf("qemu is in state %q, not running", status.Status)
 	}
+	m.mu.Lock()
+	m.monitor = vm
+	m.mu.Unlock()
 	klog.V(2).InfoS("Started machine", "machine", m.config.ID, "arch", m.config.Arch, "accelerator", m.accel, "pids", m.PIDs())
 	return nil
 }

@@ -37,6 +37,10 @@ type Shim struct {
 	stop chan struct{}
 	// tasks are the supervisors of containers and the watcher of the machine.
 	tasks sync.WaitGroup
+	// adjusting holds a token for AdjustMachine, and pinned says whether the VM's
+	// CPUs are not all that there are.
+	adjusting chan struct{}
+	pinned    bool
 
 	mu         sync.Mutex
 	revision   uint64
@@ -63,6 +67,7 @@ func newShim(c Config, d vmm.Driver, tap *os.File, v *volumes) (*Shim, error) {
 		gone:       make(chan struct{}),
 		stopped:    make(chan struct{}),
 		stop:       make(chan struct{}, 1),
+		adjusting:  make(chan struct{}, 1),
 		changed:    make(chan struct{}),
 		containers: make(map[string]*container),
 	}, nil

@@ -704,3 +704,15 @@ func FuzzConfig(f *testing.F) {
 		}
 	})
 }
+
+// T28: a driver that can't pin says so, and pods without cpusets don't notice.
+func TestAdjustMachine(t *testing.T) {
+	r := newRig(t, &shimtest.Driver{}, Timeouts{})
+	r.boot()
+	if _, err := r.AdjustMachine(r.ctx(), &shimapi.AdjustMachineRequest{OomScoreAdj: 5}); err != nil {
+		t.Error(err)
+	}
+	if _, err := r.AdjustMachine(r.ctx(), &shimapi.AdjustMachineRequest{Cpus: []uint32{0}}); !errdefs.IsNotImplemented(errgrpc.ToNative(err)) {
+		t.Errorf("a machine that can't be pinned: %v", err)
+	}
+}

@@ -126,3 +126,12 @@ type Machine interface {
 	// helper process.
 	Close() error
 }
+
+// CPUPinner is what a [Machine] may be able to do besides.
+type CPUPinner interface {
+	// PinCPUs has the machine's virtual CPUs run on the host's CPUs of those
+	// numbers and no others; none are all that the caller may use. After an
+	// error they run where they ran before. It works from Start to Done, and may
+	// be called concurrently with all other methods but itself.
+	PinCPUs(ctx context.Context, cpus []int) error
+}

@@ -4,10 +4,14 @@ package e2e_test
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -192,4 +196,74 @@ func TestRuntimeHandlers(t *testing.T) {
 	if got := p.output(t, id, "/bin/echo", "alive"); got != "alive\n" {
 		t.Errorf("%q", got)
 	}
+}
+
+// T28: a cpuset's numbers are the host's, and the threads of the VM's CPUs run
+// there; the VM's processes are as dear to the host's OOM killer as the
+// container that is worth most.
+func TestCpusetsAndScoresOnTheHost(t *testing.T) {
+	p := newPod(t, podConfig(suite.node, "pinned"))
+	var own unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &own); err != nil {
+		t.Fatal(err)
+	}
+	last := 1023
+	for !own.IsSet(last) {
+		last--
+	}
+	check := func(when string, pinned bool, score string) {
+		t.Helper()
+		found := 0
+		for _, proc := range processes() {
+			if !strings.HasPrefix(proc.Name, "qemu-system") || !strings.Contains(proc.Command, p.id) {
+				continue
+			}
+			found++
+			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", proc.PID))
+			if got := strings.TrimSpace(string(b)); err != nil || got != score {
+				t.Errorf("%s: score of the VMM is %s, want %s (%v)", when, got, score, err)
+			}
+			tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", proc.PID))
+			n := 0
+			for _, task := range tasks {
+				var set unix.CPUSet
+				tid, _ := strconv.Atoi(filepath.Base(task))
+				if unix.SchedGetaffinity(tid, &set) == nil && set.Count() == 1 && set.IsSet(last) {
+					n++
+				}
+			}
+			if want := map[bool]int{true: 1}[pinned]; n != want && own.Count() > 1 {
+				t.Errorf("%s: %d threads run on CPU %d alone, want %d", when, n, last, want)
+			}
+		}
+		if found != 1 {
+			t.Errorf("%s: %d VMMs of the pod", when, found)
+		}
+	}
+	sleep := command("/bin/sleep", "infinity")
+	p.start(t, "free", asRoot, sleep, limits(&resources{OomScoreAdj: 900}))
+	check("one container", false, "900")
+	// Not below 0, for which not every root has the privilege.
+	id := p.start(t, "exclusive", asRoot, sleep, limits(&resources{OomScoreAdj: 100}))
+	check("two containers", false, "100")
+	// As the kubelet's CPU manager does it: nothing else is specified.
+	if err := p.update(t, id, &resources{CpusetCpus: strconv.Itoa(last)}); err != nil {
+		t.Fatal(err)
+	}
+	check("pinned", true, "100")
+	wantError(t, p.update(t, id, &resources{CpusetCpus: "1023", MemoryLimitInBytes: 64 << 20}), codes.InvalidArgument, "linux.cpuset_cpus", "1023")
+	wantError(t, p.update(t, id, &resources{CpusetCpus: "x"}), codes.InvalidArgument, "linux.cpuset_cpus")
+	if got := p.container(t, id).GetResources().GetLinux(); got.GetCpusetCpus() != strconv.Itoa(last) || got.GetMemoryLimitInBytes() != 0 || got.GetOomScoreAdj() != 100 {
+		t.Errorf("status: %v", got)
+	}
+	check("after a refusal", true, "100")
+	_, err := p.createContext(t.Context(), "nowhere", limits(&resources{CpusetCpus: "1023"}))
+	wantError(t, err, codes.InvalidArgument, "config.linux.resources.cpuset_cpus")
+	suite.node.kill()
+	if err := suite.node.start(); err != nil {
+		t.Fatal(err)
+	}
+	check("after a restart of the daemon", true, "100")
+	p.removeContainer(t, id)
+	check("removed", false, "900")
 }

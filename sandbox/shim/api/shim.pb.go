@@ -854,6 +854,94 @@ func (x *StopContainerRequest) GetSignal() uint32 {
 	return 0
 }
 
+type AdjustMachineRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Cpus          []uint32               `protobuf:"varint,1,rep,packed,name=cpus,proto3" json:"cpus,omitempty"`                             // of the host, on which the VM's run; none: all
+	OomScoreAdj   int32                  `protobuf:"varint,2,opt,name=oom_score_adj,json=oomScoreAdj,proto3" json:"oom_score_adj,omitempty"` // of the VM's processes, for the host's OOM killer
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AdjustMachineRequest) Reset() {
+	*x = AdjustMachineRequest{}
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AdjustMachineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AdjustMachineRequest) ProtoMessage() {}
+
+func (x *AdjustMachineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AdjustMachineRequest.ProtoReflect.Descriptor instead.
+func (*AdjustMachineRequest) Descriptor() ([]byte, []int) {
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *AdjustMachineRequest) GetCpus() []uint32 {
+	if x != nil {
+		return x.Cpus
+	}
+	return nil
+}
+
+func (x *AdjustMachineRequest) GetOomScoreAdj() int32 {
+	if x != nil {
+		return x.OomScoreAdj
+	}
+	return 0
+}
+
+type AdjustMachineResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AdjustMachineResponse) Reset() {
+	*x = AdjustMachineResponse{}
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AdjustMachineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AdjustMachineResponse) ProtoMessage() {}
+
+func (x *AdjustMachineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AdjustMachineResponse.ProtoReflect.Descriptor instead.
+func (*AdjustMachineResponse) Descriptor() ([]byte, []int) {
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{13}
+}
+
 type RemoveContainerRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -863,7 +951,7 @@ type RemoveContainerRequest struct {
 
 func (x *RemoveContainerRequest) Reset() {
 	*x = RemoveContainerRequest{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[12]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -875,7 +963,7 @@ func (x *RemoveContainerRequest) String() string {
 func (*RemoveContainerRequest) ProtoMessage() {}
 
 func (x *RemoveContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[12]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -888,7 +976,7 @@ func (x *RemoveContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveContainerRequest.ProtoReflect.Descriptor instead.
 func (*RemoveContainerRequest) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{12}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RemoveContainerRequest) GetId() string {
@@ -906,7 +994,7 @@ type RemoveContainerResponse struct {
 
 func (x *RemoveContainerResponse) Reset() {
 	*x = RemoveContainerResponse{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[13]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -918,7 +1006,7 @@ func (x *RemoveContainerResponse) String() string {
 func (*RemoveContainerResponse) ProtoMessage() {}
 
 func (x *RemoveContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[13]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -931,7 +1019,7 @@ func (x *RemoveContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveContainerResponse.ProtoReflect.Descriptor instead.
 func (*RemoveContainerResponse) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{13}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{15}
 }
 
 type ReopenLogRequest struct {
@@ -943,7 +1031,7 @@ type ReopenLogRequest struct {
 
 func (x *ReopenLogRequest) Reset() {
 	*x = ReopenLogRequest{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[14]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -955,7 +1043,7 @@ func (x *ReopenLogRequest) String() string {
 func (*ReopenLogRequest) ProtoMessage() {}
 
 func (x *ReopenLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[14]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -968,7 +1056,7 @@ func (x *ReopenLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReopenLogRequest.ProtoReflect.Descriptor instead.
 func (*ReopenLogRequest) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{14}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ReopenLogRequest) GetId() string {
@@ -986,7 +1074,7 @@ type ReopenLogResponse struct {
 
 func (x *ReopenLogResponse) Reset() {
 	*x = ReopenLogResponse{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[15]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -998,7 +1086,7 @@ func (x *ReopenLogResponse) String() string {
 func (*ReopenLogResponse) ProtoMessage() {}
 
 func (x *ReopenLogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[15]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1011,7 +1099,7 @@ func (x *ReopenLogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReopenLogResponse.ProtoReflect.Descriptor instead.
 func (*ReopenLogResponse) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{15}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{17}
 }
 
 type StopRequest struct {
@@ -1022,7 +1110,7 @@ type StopRequest struct {
 
 func (x *StopRequest) Reset() {
 	*x = StopRequest{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[16]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1034,7 +1122,7 @@ func (x *StopRequest) String() string {
 func (*StopRequest) ProtoMessage() {}
 
 func (x *StopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[16]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1047,7 +1135,7 @@ func (x *StopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopRequest.ProtoReflect.Descriptor instead.
 func (*StopRequest) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{16}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{18}
 }
 
 type StopResponse struct {
@@ -1058,7 +1146,7 @@ type StopResponse struct {
 
 func (x *StopResponse) Reset() {
 	*x = StopResponse{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[17]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1070,7 +1158,7 @@ func (x *StopResponse) String() string {
 func (*StopResponse) ProtoMessage() {}
 
 func (x *StopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[17]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1083,7 +1171,7 @@ func (x *StopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopResponse.ProtoReflect.Descriptor instead.
 func (*StopResponse) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{17}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{19}
 }
 
 var File_sandbox_shim_api_shim_proto protoreflect.FileDescriptor
@@ -1147,7 +1235,11 @@ const file_sandbox_shim_api_shim_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1f\n" +
 	"\vgrace_nanos\x18\x02 \x01(\x03R\n" +
 	"graceNanos\x12\x16\n" +
-	"\x06signal\x18\x03 \x01(\rR\x06signal\"(\n" +
+	"\x06signal\x18\x03 \x01(\rR\x06signal\"N\n" +
+	"\x14AdjustMachineRequest\x12\x12\n" +
+	"\x04cpus\x18\x01 \x03(\rR\x04cpus\x12\"\n" +
+	"\room_score_adj\x18\x02 \x01(\x05R\voomScoreAdj\"\x17\n" +
+	"\x15AdjustMachineResponse\"(\n" +
 	"\x16RemoveContainerRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x19\n" +
 	"\x17RemoveContainerResponse\"\"\n" +
@@ -1164,7 +1256,8 @@ const file_sandbox_shim_api_shim_proto_rawDesc = "" +
 	"\aCREATED\x10\x00\x12\v\n" +
 	"\aRUNNING\x10\x01\x12\n" +
 	"\n" +
-	"\x06EXITED\x10\x022\xa8\t\n" +
+	"\x06EXITED\x10\x022\x84\n" +
+	"\n" +
 	"\x04Shim\x12B\n" +
 	"\x05Hello\x12\x1b.crivz.shim.v1.HelloRequest\x1a\x1c.crivz.shim.v1.HelloResponse\x12?\n" +
 	"\x05Watch\x12\x1b.crivz.shim.v1.WatchRequest\x1a\x17.crivz.shim.v1.PodState0\x01\x12?\n" +
@@ -1179,7 +1272,8 @@ const file_sandbox_shim_api_shim_proto_rawDesc = "" +
 	"\n" +
 	"RemoveExec\x12!.crivz.guest.v1.RemoveExecRequest\x1a\".crivz.guest.v1.RemoveExecResponse\x12P\n" +
 	"\tResizePty\x12 .crivz.guest.v1.ResizePtyRequest\x1a!.crivz.guest.v1.ResizePtyResponse\x12b\n" +
-	"\x0fUpdateContainer\x12&.crivz.guest.v1.UpdateContainerRequest\x1a'.crivz.guest.v1.UpdateContainerResponse\x12D\n" +
+	"\x0fUpdateContainer\x12&.crivz.guest.v1.UpdateContainerRequest\x1a'.crivz.guest.v1.UpdateContainerResponse\x12Z\n" +
+	"\rAdjustMachine\x12#.crivz.shim.v1.AdjustMachineRequest\x1a$.crivz.shim.v1.AdjustMachineResponse\x12D\n" +
 	"\x05Stats\x12\x1c.crivz.guest.v1.StatsRequest\x1a\x1d.crivz.guest.v1.StatsResponse\x12?\n" +
 	"\x04Stop\x12\x1a.crivz.shim.v1.StopRequest\x1a\x1b.crivz.shim.v1.StopResponseB/Z-github.com/cri-vz/cri-vz/sandbox/shim/api;apib\x06proto3"
 
@@ -1196,7 +1290,7 @@ func file_sandbox_shim_api_shim_proto_rawDescGZIP() []byte {
 }
 
 var file_sandbox_shim_api_shim_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_sandbox_shim_api_shim_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_sandbox_shim_api_shim_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_sandbox_shim_api_shim_proto_goTypes = []any{
 	(VM)(0),                             // 0: crivz.shim.v1.VM
 	(Phase)(0),                          // 1: crivz.shim.v1.Phase
@@ -1212,38 +1306,40 @@ var file_sandbox_shim_api_shim_proto_goTypes = []any{
 	(*Volume)(nil),                      // 11: crivz.shim.v1.Volume
 	(*StartContainerRequest)(nil),       // 12: crivz.shim.v1.StartContainerRequest
 	(*StopContainerRequest)(nil),        // 13: crivz.shim.v1.StopContainerRequest
-	(*RemoveContainerRequest)(nil),      // 14: crivz.shim.v1.RemoveContainerRequest
-	(*RemoveContainerResponse)(nil),     // 15: crivz.shim.v1.RemoveContainerResponse
-	(*ReopenLogRequest)(nil),            // 16: crivz.shim.v1.ReopenLogRequest
-	(*ReopenLogResponse)(nil),           // 17: crivz.shim.v1.ReopenLogResponse
-	(*StopRequest)(nil),                 // 18: crivz.shim.v1.StopRequest
-	(*StopResponse)(nil),                // 19: crivz.shim.v1.StopResponse
-	(*api.Step)(nil),                    // 20: crivz.guest.v1.Step
-	(*api.ResolvedUser)(nil),            // 21: crivz.guest.v1.ResolvedUser
-	(*api.SetUpSandboxRequest)(nil),     // 22: crivz.guest.v1.SetUpSandboxRequest
-	(*api.CreateContainerRequest)(nil),  // 23: crivz.guest.v1.CreateContainerRequest
-	(*api.ExecRequest)(nil),             // 24: crivz.guest.v1.ExecRequest
-	(*api.WaitRequest)(nil),             // 25: crivz.guest.v1.WaitRequest
-	(*api.RemoveExecRequest)(nil),       // 26: crivz.guest.v1.RemoveExecRequest
-	(*api.ResizePtyRequest)(nil),        // 27: crivz.guest.v1.ResizePtyRequest
-	(*api.UpdateContainerRequest)(nil),  // 28: crivz.guest.v1.UpdateContainerRequest
-	(*api.StatsRequest)(nil),            // 29: crivz.guest.v1.StatsRequest
-	(*api.ExecResponse)(nil),            // 30: crivz.guest.v1.ExecResponse
-	(*api.WaitResponse)(nil),            // 31: crivz.guest.v1.WaitResponse
-	(*api.RemoveExecResponse)(nil),      // 32: crivz.guest.v1.RemoveExecResponse
-	(*api.ResizePtyResponse)(nil),       // 33: crivz.guest.v1.ResizePtyResponse
-	(*api.UpdateContainerResponse)(nil), // 34: crivz.guest.v1.UpdateContainerResponse
-	(*api.StatsResponse)(nil),           // 35: crivz.guest.v1.StatsResponse
+	(*AdjustMachineRequest)(nil),        // 14: crivz.shim.v1.AdjustMachineRequest
+	(*AdjustMachineResponse)(nil),       // 15: crivz.shim.v1.AdjustMachineResponse
+	(*RemoveContainerRequest)(nil),      // 16: crivz.shim.v1.RemoveContainerRequest
+	(*RemoveContainerResponse)(nil),     // 17: crivz.shim.v1.RemoveContainerResponse
+	(*ReopenLogRequest)(nil),            // 18: crivz.shim.v1.ReopenLogRequest
+	(*ReopenLogResponse)(nil),           // 19: crivz.shim.v1.ReopenLogResponse
+	(*StopRequest)(nil),                 // 20: crivz.shim.v1.StopRequest
+	(*StopResponse)(nil),                // 21: crivz.shim.v1.StopResponse
+	(*api.Step)(nil),                    // 22: crivz.guest.v1.Step
+	(*api.ResolvedUser)(nil),            // 23: crivz.guest.v1.ResolvedUser
+	(*api.SetUpSandboxRequest)(nil),     // 24: crivz.guest.v1.SetUpSandboxRequest
+	(*api.CreateContainerRequest)(nil),  // 25: crivz.guest.v1.CreateContainerRequest
+	(*api.ExecRequest)(nil),             // 26: crivz.guest.v1.ExecRequest
+	(*api.WaitRequest)(nil),             // 27: crivz.guest.v1.WaitRequest
+	(*api.RemoveExecRequest)(nil),       // 28: crivz.guest.v1.RemoveExecRequest
+	(*api.ResizePtyRequest)(nil),        // 29: crivz.guest.v1.ResizePtyRequest
+	(*api.UpdateContainerRequest)(nil),  // 30: crivz.guest.v1.UpdateContainerRequest
+	(*api.StatsRequest)(nil),            // 31: crivz.guest.v1.StatsRequest
+	(*api.ExecResponse)(nil),            // 32: crivz.guest.v1.ExecResponse
+	(*api.WaitResponse)(nil),            // 33: crivz.guest.v1.WaitResponse
+	(*api.RemoveExecResponse)(nil),      // 34: crivz.guest.v1.RemoveExecResponse
+	(*api.ResizePtyResponse)(nil),       // 35: crivz.guest.v1.ResizePtyResponse
+	(*api.UpdateContainerResponse)(nil), // 36: crivz.guest.v1.UpdateContainerResponse
+	(*api.StatsResponse)(nil),           // 37: crivz.guest.v1.StatsResponse
 }
 var file_sandbox_shim_api_shim_proto_depIdxs = []int32{
 	0,  // 0: crivz.shim.v1.PodState.vm:type_name -> crivz.shim.v1.VM
 	6,  // 1: crivz.shim.v1.PodState.containers:type_name -> crivz.shim.v1.ContainerState
-	20, // 2: crivz.shim.v1.PodState.steps:type_name -> crivz.guest.v1.Step
+	22, // 2: crivz.shim.v1.PodState.steps:type_name -> crivz.guest.v1.Step
 	1,  // 3: crivz.shim.v1.ContainerState.phase:type_name -> crivz.shim.v1.Phase
-	21, // 4: crivz.shim.v1.ContainerState.user:type_name -> crivz.guest.v1.ResolvedUser
-	22, // 5: crivz.shim.v1.BootRequest.sandbox:type_name -> crivz.guest.v1.SetUpSandboxRequest
-	20, // 6: crivz.shim.v1.BootResponse.steps:type_name -> crivz.guest.v1.Step
-	23, // 7: crivz.shim.v1.CreateContainerRequest.container:type_name -> crivz.guest.v1.CreateContainerRequest
+	23, // 4: crivz.shim.v1.ContainerState.user:type_name -> crivz.guest.v1.ResolvedUser
+	24, // 5: crivz.shim.v1.BootRequest.sandbox:type_name -> crivz.guest.v1.SetUpSandboxRequest
+	22, // 6: crivz.shim.v1.BootResponse.steps:type_name -> crivz.guest.v1.Step
+	25, // 7: crivz.shim.v1.CreateContainerRequest.container:type_name -> crivz.guest.v1.CreateContainerRequest
 	11, // 8: crivz.shim.v1.CreateContainerRequest.volumes:type_name -> crivz.shim.v1.Volume
 	6,  // 9: crivz.shim.v1.CreateContainerResponse.state:type_name -> crivz.shim.v1.ContainerState
 	2,  // 10: crivz.shim.v1.Shim.Hello:input_type -> crivz.shim.v1.HelloRequest
@@ -1252,32 +1348,34 @@ var file_sandbox_shim_api_shim_proto_depIdxs = []int32{
 	9,  // 13: crivz.shim.v1.Shim.CreateContainer:input_type -> crivz.shim.v1.CreateContainerRequest
 	12, // 14: crivz.shim.v1.Shim.StartContainer:input_type -> crivz.shim.v1.StartContainerRequest
 	13, // 15: crivz.shim.v1.Shim.StopContainer:input_type -> crivz.shim.v1.StopContainerRequest
-	14, // 16: crivz.shim.v1.Shim.RemoveContainer:input_type -> crivz.shim.v1.RemoveContainerRequest
-	16, // 17: crivz.shim.v1.Shim.ReopenLog:input_type -> crivz.shim.v1.ReopenLogRequest
-	24, // 18: crivz.shim.v1.Shim.Exec:input_type -> crivz.guest.v1.ExecRequest
-	25, // 19: crivz.shim.v1.Shim.WaitExec:input_type -> crivz.guest.v1.WaitRequest
-	26, // 20: crivz.shim.v1.Shim.RemoveExec:input_type -> crivz.guest.v1.RemoveExecRequest
-	27, // 21: crivz.shim.v1.Shim.ResizePty:input_type -> crivz.guest.v1.ResizePtyRequest
-	28, // 22: crivz.shim.v1.Shim.UpdateContainer:input_type -> crivz.guest.v1.UpdateContainerRequest
-	29, // 23: crivz.shim.v1.Shim.Stats:input_type -> crivz.guest.v1.StatsRequest
-	18, // 24: crivz.shim.v1.Shim.Stop:input_type -> crivz.shim.v1.StopRequest
-	3,  // 25: crivz.shim.v1.Shim.Hello:output_type -> crivz.shim.v1.HelloResponse
-	5,  // 26: crivz.shim.v1.Shim.Watch:output_type -> crivz.shim.v1.PodState
-	8,  // 27: crivz.shim.v1.Shim.Boot:output_type -> crivz.shim.v1.BootResponse
-	10, // 28: crivz.shim.v1.Shim.CreateContainer:output_type -> crivz.shim.v1.CreateContainerResponse
-	6,  // 29: crivz.shim.v1.Shim.StartContainer:output_type -> crivz.shim.v1.ContainerState
-	6,  // 30: crivz.shim.v1.Shim.StopContainer:output_type -> crivz.shim.v1.ContainerState
-	15, // 31: crivz.shim.v1.Shim.RemoveContainer:output_type -> crivz.shim.v1.RemoveContainerResponse
-	17, // 32: crivz.shim.v1.Shim.ReopenLog:output_type -> crivz.shim.v1.ReopenLogResponse
-	30, // 33: crivz.shim.v1.Shim.Exec:output_type -> crivz.guest.v1.ExecResponse
-	31, // 34: crivz.shim.v1.Shim.WaitExec:output_type -> crivz.guest.v1.WaitResponse
-	32, // 35: crivz.shim.v1.Shim.RemoveExec:output_type -> crivz.guest.v1.RemoveExecResponse
-	33, // 36: crivz.shim.v1.Shim.ResizePty:output_type -> crivz.guest.v1.ResizePtyResponse
-	34, // 37: crivz.shim.v1.Shim.UpdateContainer:output_type -> crivz.guest.v1.UpdateContainerResponse
-	35, // 38: crivz.shim.v1.Shim.Stats:output_type -> crivz.guest.v1.StatsResponse
-	19, // 39: crivz.shim.v1.Shim.Stop:output_type -> crivz.shim.v1.StopResponse
-	25, // [25:40] is the sub-list for method output_type
-	10, // [10:25] is the sub-list for method input_type
+	16, // 16: crivz.shim.v1.Shim.RemoveContainer:input_type -> crivz.shim.v1.RemoveContainerRequest
+	18, // 17: crivz.shim.v1.Shim.ReopenLog:input_type -> crivz.shim.v1.ReopenLogRequest
+	26, // 18: crivz.shim.v1.Shim.Exec:input_type -> crivz.guest.v1.ExecRequest
+	27, // 19: crivz.shim.v1.Shim.WaitExec:input_type -> crivz.guest.v1.WaitRequest
+	28, // 20: crivz.shim.v1.Shim.RemoveExec:input_type -> crivz.guest.v1.RemoveExecRequest
+	29, // 21: crivz.shim.v1.Shim.ResizePty:input_type -> crivz.guest.v1.ResizePtyRequest
+	30, // 22: crivz.shim.v1.Shim.UpdateContainer:input_type -> crivz.guest.v1.UpdateContainerRequest
+	14, // 23: crivz.shim.v1.Shim.AdjustMachine:input_type -> crivz.shim.v1.AdjustMachineRequest
+	31, // 24: crivz.shim.v1.Shim.Stats:input_type -> crivz.guest.v1.StatsRequest
+	20, // 25: crivz.shim.v1.Shim.Stop:input_type -> crivz.shim.v1.StopRequest
+	3,  // 26: crivz.shim.v1.Shim.Hello:output_type -> crivz.shim.v1.HelloResponse
+	5,  // 27: crivz.shim.v1.Shim.Watch:output_type -> crivz.shim.v1.PodState
+	8,  // 28: crivz.shim.v1.Shim.Boot:output_type -> crivz.shim.v1.BootResponse
+	10, // 29: crivz.shim.v1.Shim.CreateContainer:output_type -> crivz.shim.v1.CreateContainerResponse
+	6,  // 30: crivz.shim.v1.Shim.StartContainer:output_type -> crivz.shim.v1.ContainerState
+	6,  // 31: crivz.shim.v1.Shim.StopContainer:output_type -> crivz.shim.v1.ContainerState
+	17, // 32: crivz.shim.v1.Shim.RemoveContainer:output_type -> crivz.shim.v1.RemoveContainerResponse
+	19, // 33: crivz.shim.v1.Shim.ReopenLog:output_type -> crivz.shim.v1.ReopenLogResponse
+	32, // 34: crivz.shim.v1.Shim.Exec:output_type -> crivz.guest.v1.ExecResponse
+	33, // 35: crivz.shim.v1.Shim.WaitExec:output_type -> crivz.guest.v1.WaitResponse
+	34, // 36: crivz.shim.v1.Shim.RemoveExec:output_type -> crivz.guest.v1.RemoveExecResponse
+	35, // 37: crivz.shim.v1.Shim.ResizePty:output_type -> crivz.guest.v1.ResizePtyResponse
+	36, // 38: crivz.shim.v1.Shim.UpdateContainer:output_type -> crivz.guest.v1.UpdateContainerResponse
+	15, // 39: crivz.shim.v1.Shim.AdjustMachine:output_type -> crivz.shim.v1.AdjustMachineResponse
+	37, // 40: crivz.shim.v1.Shim.Stats:output_type -> crivz.guest.v1.StatsResponse
+	21, // 41: crivz.shim.v1.Shim.Stop:output_type -> crivz.shim.v1.StopResponse
+	26, // [26:42] is the sub-list for method output_type
+	10, // [10:26] is the sub-list for method input_type
 	10, // [10:10] is the sub-list for extension type_name
 	10, // [10:10] is the sub-list for extension extendee
 	0,  // [0:10] is the sub-list for field type_name
@@ -1294,7 +1392,7 @@ func file_sandbox_shim_api_shim_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandbox_shim_api_shim_proto_rawDesc), len(file_sandbox_shim_api_shim_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   18,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

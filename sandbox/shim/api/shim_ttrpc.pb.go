@@ -22,6 +22,7 @@ type ShimService interface {
 	RemoveExec(context.Context, *api.RemoveExecRequest) (*api.RemoveExecResponse, error)
 	ResizePty(context.Context, *api.ResizePtyRequest) (*api.ResizePtyResponse, error)
 	UpdateContainer(context.Context, *api.UpdateContainerRequest) (*api.UpdateContainerResponse, error)
+	AdjustMachine(context.Context, *AdjustMachineRequest) (*AdjustMachineResponse, error)
 	Stats(context.Context, *api.StatsRequest) (*api.StatsResponse, error)
 	Stop(context.Context, *StopRequest) (*StopResponse, error)
 }
@@ -126,6 +127,13 @@ func RegisterShimService(srv *ttrpc.Server, svc ShimService) {
 				}
 				return svc.UpdateContainer(ctx, &req)
 			},
+			"AdjustMachine": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req AdjustMachineRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.AdjustMachine(ctx, &req)
+			},
 			"Stats": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req api.StatsRequest
 				if err := unmarshal(&req); err != nil {
@@ -171,6 +179,7 @@ type ShimClient interface {
 	RemoveExec(context.Context, *api.RemoveExecRequest) (*api.RemoveExecResponse, error)
 	ResizePty(context.Context, *api.ResizePtyRequest) (*api.ResizePtyResponse, error)
 	UpdateContainer(context.Context, *api.UpdateContainerRequest) (*api.UpdateContainerResponse, error)
+	AdjustMachine(context.Context, *AdjustMachineRequest) (*AdjustMachineResponse, error)
 	Stats(context.Context, *api.StatsRequest) (*api.StatsResponse, error)
 	Stop(context.Context, *StopRequest) (*StopResponse, error)
 }
@@ -305,6 +314,14 @@ func (c *shimClient) ResizePty(ctx context.Context, req *api.ResizePtyRequest) (
 func (c *shimClient) UpdateContainer(ctx context.Context, req *api.UpdateContainerRequest) (*api.UpdateContainerResponse, error) {
 	var resp api.UpdateContainerResponse
 	if err := c.client.Call(ctx, "crivz.shim.v1.Shim", "UpdateContainer", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *shimClient) AdjustMachine(ctx context.Context, req *AdjustMachineRequest) (*AdjustMachineResponse, error) {
+	var resp AdjustMachineResponse
+	if err := c.client.Call(ctx, "crivz.shim.v1.Shim", "AdjustMachine", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -191,5 +192,56 @@ func mountTmpfs(t *testing.T, dir string, propagation uintptr) {
 	})
 	if err := unix.Mount("", dir, "", propagation, ""); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// pinCPUs pins the machine's virtual CPUs to one of the host's, and lets go again.
+func pinCPUs(t *testing.T, m *machine, pinner vmm.CPUPinner, cpus int) {
+	var own unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &own); err != nil {
+		t.Fatal(err)
+	}
+	if own.Count() < 2 {
+		t.Log("this host gives the test one CPU: nothing can be seen")
+		return
+	}
+	first := 0
+	for !own.IsSet(first) {
+		first++
+	}
+	pinned := func() (n int) {
+		for _, pid := range m.PIDs() {
+			tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", pid))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, task := range tasks {
+				var set unix.CPUSet
+				tid, err := strconv.Atoi(filepath.Base(task))
+				if err == nil && unix.SchedGetaffinity(tid, &set) == nil && set.Count() == 1 && set.IsSet(first) {
+					n++
+				}
+			}
+		}
+		return n
+	}
+	if err := pinner.PinCPUs(t.Context(), []int{first}); err != nil {
+		t.Fatal(err)
+	}
+	if n := pinned(); n != cpus {
+		t.Errorf("%d threads run on CPU %d alone, want the %d virtual CPUs", n, first, cpus)
+	}
+	// A number that no host has is refused, and nothing changes.
+	if err := pinner.PinCPUs(t.Context(), []int{1023}); err == nil {
+		t.Error("CPU 1023 was accepted")
+	}
+	if n := pinned(); n != cpus {
+		t.Errorf("%d threads run on CPU %d alone after an error, want %d", n, first, cpus)
+	}
+	if err := pinner.PinCPUs(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if n := pinned(); n != 0 {
+		t.Errorf("%d threads are still pinned", n)
 	}
 }

@@ -20,3 +20,6 @@ func (s *suite) laterMounts(*testing.T, *vmm.Config) func(*testing.T, *client) {
 
 // fullDisk would take a file system that the test can fill.
 func fullDisk(*testing.T, *vmm.Config) func(*testing.T, *client) { return nil }
+
+// pinCPUs has nothing to look at where there are no affinities.
+func pinCPUs(*testing.T, *machine, vmm.CPUPinner, int) {}

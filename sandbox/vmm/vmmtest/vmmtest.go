@@ -537,6 +537,9 @@ func (s *suite) life(t *testing.T) {
 			t.Errorf("architecture, CPUs, MiB = %v, want %s 2 and up to 256", f, want)
 		}
 	})
+	if pinner, ok := m.Machine.(vmm.CPUPinner); ok {
+		t.Run("host CPUs", func(t *testing.T) { pinCPUs(t, m, pinner, c.CPUs) }) // T28
+	}
 	t.Run("dial where nothing listens", func(t *testing.T) {
 		start := time.Now()
 		ctx, cancel := context.WithTimeout(t.Context(), soon)
