@@ -109,9 +109,10 @@ func (r *criRuntime) start() (err error) {
 	return err
 }
 
-// checkEmpty waits a moment for the last pods to go, and fails if one stays.
+// checkEmpty waits for the last pods to go, and fails if one stays.
 func (r *criRuntime) checkEmpty() error {
-	const bound = 60 * time.Second
+	// The kubelet removes the sandboxes of pods that are gone once a minute.
+	const bound = 3 * time.Minute
 	ctx, cancel := context.WithTimeout(context.Background(), bound)
 	defer cancel()
 	for {
