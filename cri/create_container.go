@@ -3,7 +3,6 @@ package cri
 import (
 	"context"
 	"fmt"
-	"os"
 	"path/filepath"
 
 	"github.com/containerd/errdefs"
@@ -42,8 +41,8 @@ func (s *Server) CreateContainer(ctx context.Context, req *runtimeapi.CreateCont
 		return nil, err
 	}
 	if logPath != "" {
-		if err := os.MkdirAll(filepath.Dir(logPath), 0o755); err != nil {
-			return nil, fmt.Errorf("config.log_path: %w", err)
+		if err := makeLogDirectory("config.log_path", filepath.Dir(logPath)); err != nil {
+			return nil, err
 		}
 	}
 	t, err := translate(pod.Config(), cfg, &img.Config)

@@ -22,8 +22,8 @@ func (s *Server) RunPodSandbox(ctx context.Context, req *runtimeapi.RunPodSandbo
 	}
 	// The kubelet makes the folder itself; other clients expect it to be made.
 	if dir := req.GetConfig().GetLogDirectory(); dir != "" {
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return nil, fmt.Errorf("config.log_directory: %w", err)
+		if err := makeLogDirectory("config.log_directory", dir); err != nil {
+			return nil, err
 		}
 	}
 	pod, err := s.Pods.Run(ctx, req.GetConfig(), req.GetRuntimeHandler())
@@ -31,6 +31,14 @@ func (s *Server) RunPodSandbox(ctx context.Context, req *runtimeapi.RunPodSandbo
 		return nil, err
 	}
 	return &runtimeapi.RunPodSandboxResponse{PodSandboxId: pod.ID()}, nil
+}
+
+// makeLogDirectory makes a directory that a field names.
+func makeLogDirectory(field, dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("%s: %w: %w", field, err, errdefs.ErrFailedPrecondition)
+	}
+	return nil
 }
 
 func (s *Server) checkPodSandbox(c *runtimeapi.PodSandboxConfig, handler string) error {
