@@ -190,15 +190,15 @@ var messages = []message{
 			c.Envs = []*runtimeapi.KeyValue{{Key: "A=B"}}
 		}},
 	}},
-	{name: "Mount", honoured: "container_path host_path readonly propagation recursive_read_only mount_options", refused: []refusal{
+	{name: "Mount", honoured: "container_path host_path readonly propagation recursive_read_only mount_options image image_sub_path", refused: []refusal{
 		{field: "container_path: relative, or /", reason: "no place for a mount", container: mounts(&runtimeapi.Mount{ContainerPath: "x", HostPath: "/tmp"})},
 		{field: "host_path: missing, or a socket, FIFO or device", reason: "only files and directories cross a VM's boundary", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/dev/null"})},
 		{field: "propagation: BIDIRECTIONAL", reason: "a mount made in the VM can't appear on the node", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/tmp", Propagation: runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL})},
 		{field: "uidMappings", reason: noUserns, container: mounts(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/tmp", UidMappings: []*runtimeapi.IDMapping{{Length: 1}}})},
 		{field: "gidMappings", reason: noUserns, container: mounts(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/tmp", GidMappings: []*runtimeapi.IDMapping{{Length: 1}}})},
 		{field: "recursive_read_only: without readonly, or with propagation", reason: "as the CRI demands", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/tmp", RecursiveReadOnly: true})},
-		{field: "image", reason: "image volumes are not offered", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", Image: &runtimeapi.ImageSpec{Image: "i"}})},
-		{field: "image_sub_path", reason: "image volumes are not offered", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/tmp", ImageSubPath: "x"})},
+		{field: "image: beside host_path", reason: "they exclude each other", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/tmp", Image: &runtimeapi.ImageSpec{Image: "i"}})},
+		{field: "image_sub_path: without image, or leading out of it", reason: "it names a place in the image", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", Image: &runtimeapi.ImageSpec{Image: "i"}, ImageSubPath: "../x"})},
 		{field: "mount_options: other than noexec, nodev and nosuid", reason: "nothing else is known to be safe", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/tmp", MountOptions: []string{"suid"}})},
 	}, accepted: []meaning{
 		{"selinux_relabel", "none: the guest has no SELinux policy"},

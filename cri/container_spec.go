@@ -339,12 +339,14 @@ func (t *translation) mounts(c *runtimeapi.ContainerConfig) error {
 		switch {
 		case !path.IsAbs(m.GetContainerPath()) || dest == "/":
 			return refuse(at+".container_path", fmt.Sprintf("%q is not an absolute path below /", m.GetContainerPath()))
-		case m.GetImage().GetImage() != "":
-			return refuse(at+".image", "image volumes are not offered")
 		case m.GetPropagation() == runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL:
 			return refuse(at+".propagation", "BIDIRECTIONAL can't be had: a mount made in the pod's VM can't appear on the node")
-		case m.GetImageSubPath() != "":
-			return refuse(at+".image_sub_path", "image volumes are not offered")
+		case m.GetImage().GetImage() != "" && m.GetHostPath() != "":
+			return refuse(at+".host_path", "must be empty beside image")
+		case m.GetImage().GetImage() == "" && m.GetImageSubPath() != "":
+			return refuse(at+".image_sub_path", "needs image")
+		case m.GetImageSubPath() != "" && !filepath.IsLocal(m.GetImageSubPath()):
+			return refuse(at+".image_sub_path", fmt.Sprintf("%q leads out of the image", m.GetImageSubPath()))
 		case runtimeapi.MountPropagation_name[int32(m.GetPropagation())] == "":
 			return refuse(at+".propagation", fmt.Sprintf("%v is unknown", m.GetPropagation()))
 		case len(m.GetUidMappings()) > 0:
@@ -355,6 +357,20 @@ func (t *translation) mounts(c *runtimeapi.ContainerConfig) error {
 			return refuse(at+".recursive_read_only", "needs readonly")
 		case m.GetRecursiveReadOnly() && m.GetPropagation() != runtimeapi.MountPropagation_PROPAGATION_PRIVATE:
 			return refuse(at+".recursive_read_only", "needs private propagation")
+		}
+		for _, o := range m.GetMountOptions() {
+			if !slices.Contains([]string{"noexec", "nodev", "nosuid"}, o) {
+				return refuse(at+".mount_options", fmt.Sprintf("%q is none of noexec, nodev and nosuid", o))
+			}
+		}
+		own[dest] = true
+		if ref := m.GetImage().GetImage(); ref != "" {
+			opts := slices.Clone(m.GetMountOptions())
+			if sub := m.GetImageSubPath(); sub != "" {
+				opts = append(opts, guestapi.ImageSubpath+sub)
+			}
+			mounts = append(mounts, specs.Mount{Destination: dest, Type: guestapi.ImageMount, Source: ref, Options: opts})
+			continue
 		}
 		host, err := hostPath(at, m.GetHostPath())
 		if err != nil {
@@ -373,12 +389,7 @@ func (t *translation) mounts(c *runtimeapi.ContainerConfig) error {
 		} else {
 			opts = append(opts, "rw")
 		}
-		for _, o := range m.GetMountOptions() {
-			if !slices.Contains([]string{"noexec", "nodev", "nosuid"}, o) {
-				return refuse(at+".mount_options", fmt.Sprintf("%q is none of noexec, nodev and nosuid", o))
-			}
-			opts = append(opts, o)
-		}
+		opts = append(opts, m.GetMountOptions()...)
 		mounts = append(mounts, specs.Mount{Destination: dest, Type: "bind", Source: guestapi.VolumeScheme + name, Options: opts})
 		t.volumes = append(t.volumes, &shimapi.Volume{
 			Name:              name,
@@ -387,7 +398,6 @@ func (t *translation) mounts(c *runtimeapi.ContainerConfig) error {
 			RecursiveReadOnly: m.GetRecursiveReadOnly(),
 			HostToContainer:   m.GetPropagation() == runtimeapi.MountPropagation_PROPAGATION_HOST_TO_CONTAINER,
 		})
-		own[dest] = true
 	}
 	for _, m := range baseMounts(c.GetLinux().GetSecurityContext().GetPrivileged()) {
 		if !own[m.Destination] {

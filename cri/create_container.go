@@ -6,9 +6,10 @@ import (
 	"path/filepath"
 
 	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-vz/cri-vz/imageservice"
+	guestapi "github.com/cri-vz/cri-vz/guest/api"
 	"github.com/cri-vz/cri-vz/sandbox"
 )
 
@@ -50,12 +51,17 @@ func (s *Server) CreateContainer(ctx context.Context, req *runtimeapi.CreateCont
 		return nil, err
 	}
 	c, err := pod.CreateContainer(ctx, sandbox.CreateContainer{
-		Config:     cfg,
-		ImageID:    img.ID,
-		ImageRef:   img.ID,
-		Spec:       t.spec,
-		User:       t.user,
-		Layers:     func(dir string) ([]string, error) { return s.linkLayers(ctx, img, dir) },
+		Config:   cfg,
+		ImageID:  img.ID,
+		ImageRef: img.ID,
+		Spec:     t.spec,
+		User:     t.user,
+		Layers: func(dir string) ([]string, error) {
+			if err := s.linkImageMounts(ctx, t.spec.Mounts, dir); err != nil {
+				return nil, err
+			}
+			return s.linkLayers(ctx, img.ID, dir)
+		},
 		Volumes:    t.volumes,
 		PidMode:    t.pidMode,
 		PidTarget:  t.pidTarget,
@@ -71,8 +77,27 @@ func (s *Server) CreateContainer(ctx context.Context, req *runtimeapi.CreateCont
 	return &runtimeapi.CreateContainerResponse{ContainerId: c.ID()}, nil
 }
 
-func (s *Server) linkLayers(ctx context.Context, img imageservice.Image, dir string) ([]string, error) {
-	layers, err := s.Images.Use(ctx, img.ID, dir)
+// linkImageMounts makes the images that mounts name available in dir, from where
+// they outlive the images, and tells the guest of what layers they are.
+func (s *Server) linkImageMounts(ctx context.Context, mounts []specs.Mount, dir string) error {
+	for i := range mounts {
+		m := &mounts[i]
+		if m.Type != guestapi.ImageMount {
+			continue
+		}
+		layers, err := s.linkLayers(ctx, m.Source, dir)
+		if err != nil {
+			return fmt.Errorf("mount at %s: %w", m.Destination, err)
+		}
+		for _, l := range layers {
+			m.Options = append(m.Options, guestapi.ImageLayer+l)
+		}
+	}
+	return nil
+}
+
+func (s *Server) linkLayers(ctx context.Context, refOrID, dir string) ([]string, error) {
+	layers, err := s.Images.Use(ctx, refOrID, dir)
 	if err != nil {
 		return nil, err
 	}

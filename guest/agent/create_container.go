@@ -209,7 +209,7 @@ func (a *Agent) resolveMounts(c *ctr) error {
 			default:
 				err = invalidf("the agent has no %q", name)
 			}
-		case m.Type == "image":
+		case m.Type == api.ImageMount:
 			err = a.mountImage(c, m, target)
 		case m.Type == "bind" || hasBindOption(m.Options):
 			err = invalidf("source %q is neither %s nor %s", m.Source, api.VolumeScheme, api.AgentScheme)
@@ -329,8 +329,10 @@ func (a *Agent) mountImage(c *ctr, m *specs.Mount, target string) error {
 		return nil
 	}
 	c.mounts = append(c.mounts, whole)
-	_, err = pinBelow(whole, sub, target)
-	return err
+	if _, err = pinBelow(whole, sub, target); err != nil {
+		return fmt.Errorf("%q in the image: %w", sub, err)
+	}
+	return nil
 }
 
 // resolveUser looks the user up in the container's files.

@@ -36,10 +36,12 @@ const (
 // agent://hosts, agent://hostname and agent://shm (64 MiB, shared by the pod).
 const AgentScheme = "agent://"
 
-// Options of an OCI mount of Type "image": ImageLayer before the name of each
+// ImageMount is the Type of an OCI mount that is an image, and ImageLayer and
+// ImageSubpath begin its options: ImageLayer before the name of each
 // layer in [ShareLayers], the lowest first, and at most one ImageSubpath before a
 // path in the image. The mount is read-only; its Source is not looked at.
 const (
+	ImageMount   = "image"
 	ImageLayer   = "layer="
 	ImageSubpath = "subpath="
 )
