@@ -430,6 +430,7 @@ type fakeNetwork struct {
 	up   map[string]bool
 	fail error // of SetUp
 	down error // of TearDown
+	none bool  // no address
 }
 
 func (n *fakeNetwork) SetUp(_ context.Context, p network.Pod) (*network.Result, error) {
@@ -439,6 +440,9 @@ func (n *fakeNetwork) SetUp(_ context.Context, p network.Pod) (*network.Result, 
 		return nil, n.fail
 	}
 	n.up[p.ID] = true
+	if n.none {
+		return &network.Result{Interface: "eth0"}, nil
+	}
 	return &network.Result{Interface: "eth0", Addresses: []netip.Prefix{netip.MustParsePrefix("192.0.2.7/24")}}, nil
 }
 func (n *fakeNetwork) OpenTap(string) (*os.File, error) { return nil, nil }

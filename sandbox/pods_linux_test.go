@@ -82,6 +82,7 @@ func TestRunUndoes(t *testing.T) {
 		want   string
 	}{
 		{"network", func(o *Options) { o.Network.(*fakeNetwork).fail = errors.New("no address left") }, "network: no address left"},
+		{"no address (T42)", func(o *Options) { o.Network.(*fakeNetwork).none = true }, "network: the pod got no address"},
 		{"scratch", func(o *Options) {
 			o.Scratch = func(string) error { return syscall.ENOSPC }
 		}, "scratch disk: no space left"},

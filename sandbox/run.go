@@ -125,6 +125,9 @@ func (p *Pods) start(ctx context.Context, pod *Pod, memory int64) (err error) {
 
 	if err := st.step(ctx, "network", func(ctx context.Context) (err error) {
 		rec.Network, err = p.o.Network.SetUp(ctx, networkPod(pod.id, cfg))
+		if err == nil && len(addresses(rec.Network)) == 0 { // T42
+			err = fmt.Errorf("the pod got no address: %w", errdefs.ErrFailedPrecondition)
+		}
 		return err
 	}, func(ctx context.Context) error { return p.o.Network.TearDown(ctx, pod.id) }); err != nil {
 		return err

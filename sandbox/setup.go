@@ -142,6 +142,9 @@ func sandboxSetUp(c Class, cfg *runtimeapi.PodSandboxConfig, net *network.Result
 		if r.Gateway.IsValid() {
 			route.Gateway = r.Gateway.String()
 		}
+		if r.Source.IsValid() {
+			route.Source = r.Source.String()
+		}
 		req.Routes = append(req.Routes, route)
 	}
 	if len(net.Addresses) > 0 {

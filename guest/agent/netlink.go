@@ -29,6 +29,7 @@ type podRoute struct {
 	Gateway     netip.Addr   `json:"gateway"`
 	Interface   string       `json:"interface,omitempty"`
 	Metric      uint32       `json:"metric,omitempty"`
+	Source      netip.Addr   `json:"source"`
 }
 
 // linkByMAC finds a NIC of the caller's network namespace.
@@ -110,12 +111,16 @@ func addAddress(index int, p netip.Prefix) error {
 	m := unix.IfAddrmsg{Family: family(p.Addr()), Prefixlen: uint8(p.Bits()), Index: uint32(index)}
 	ip := p.Addr().AsSlice()
 	attrs := append(attribute(unix.IFA_LOCAL, ip), attribute(unix.IFA_ADDRESS, ip)...)
-	switch {
-	case p.Addr().Is6():
+	// The host says which routes there are: where every packet goes to a gateway,
+	// the subnet is not on the link.
+	flags := uint32(unix.IFA_F_NOPREFIXROUTE)
+	if p.Addr().Is6() {
 		// The host gave the address out: nobody else can have it, and duplicate
 		// detection would keep it unusable for a second.
-		attrs = append(attrs, attr32(unix.IFA_FLAGS, unix.IFA_F_NODAD)...)
-	case p.Bits() < 31:
+		flags |= unix.IFA_F_NODAD
+	}
+	attrs = append(attrs, attr32(unix.IFA_FLAGS, flags)...)
+	if p.Addr().Is4() && p.Bits() < 31 {
 		broadcast := p.Masked().Addr().As4()
 		host := binary.BigEndian.Uint32(broadcast[:]) | uint32(1)<<(32-p.Bits()) - 1
 		attrs = append(attrs, attribute(unix.IFA_BROADCAST, binary.BigEndian.AppendUint32(nil, host))...)
@@ -140,7 +145,15 @@ func addRoute(r podRoute) error {
 		m.Scope = unix.RT_SCOPE_UNIVERSE
 		// Gateways outside the address's subnet are usual (/32 addresses).
 		m.Flags = unix.RTNH_F_ONLINK
-		attrs = append(attrs, attribute(unix.RTA_GATEWAY, r.Gateway.AsSlice())...)
+		if gateway := r.Gateway.AsSlice(); family(r.Gateway) == m.Family {
+			attrs = append(attrs, attribute(unix.RTA_GATEWAY, gateway)...)
+		} else { // IPv4 by way of an IPv6 neighbour
+			via := binary.NativeEndian.AppendUint16(nil, uint16(family(r.Gateway)))
+			attrs = append(attrs, attribute(unix.RTA_VIA, append(via, gateway...))...)
+		}
+	}
+	if r.Source.IsValid() {
+		attrs = append(attrs, attribute(unix.RTA_PREFSRC, r.Source.AsSlice())...)
 	}
 	link, err := net.InterfaceByName(r.Interface)
 	if err != nil {

@@ -139,6 +139,11 @@ func parseSetup(r *api.SetUpSandboxRequest) (*podSetup, error) {
 				return nil, invalidf("route to %q: gateway: %w", route.Destination, err)
 			}
 		}
+		if route.Source != "" {
+			if p.Source, err = netip.ParseAddr(route.Source); err != nil {
+				return nil, invalidf("route to %q: source: %w", route.Destination, err)
+			}
+		}
 		switch {
 		case route.Destination != "":
 			if p.Destination, err = netip.ParsePrefix(route.Destination); err != nil {
@@ -149,7 +154,7 @@ func parseSetup(r *api.SetUpSandboxRequest) (*podSetup, error) {
 		default:
 			p.Destination = netip.PrefixFrom(netip.IPv4Unspecified(), 0)
 		}
-		if p.Gateway.IsValid() && p.Gateway.Is4() != p.Destination.Addr().Is4() {
+		if p.Gateway.Is4() && p.Destination.Addr().Is6() {
 			return nil, invalidf("route to %s: gateway %s is of another family", p.Destination, p.Gateway)
 		}
 		if p.Interface == "" {

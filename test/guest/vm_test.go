@@ -304,10 +304,14 @@ func (v *vm) sandbox(mode api.NamespaceMode) {
 	r, err := v.agent.SetUpSandbox(v.ctx(), &api.SetUpSandboxRequest{
 		Hostname: "pod-one", PidMode: mode,
 		Interfaces: []*api.Interface{{Name: "eth0", Mac: podMAC, Mtu: 1400, Addresses: []string{"10.0.2.15/24", "fd00::15/64"}}},
-		Routes:     []*api.Route{{Gateway: "10.0.2.2", Interface: "eth0"}, {Destination: "10.9.0.0/16", Gateway: "192.0.2.1", Interface: "eth0"}},
-		Dns:        &api.DNS{Servers: []string{"10.0.2.3"}, Searches: []string{"svc.local"}, Options: []string{"ndots:5"}},
-		Sysctls:    map[string]string{"net.core.somaxconn": "1234", "kernel.shm_rmid_forced": "1"},
-		UnixNanos:  time.Now().UnixNano(), Entropy: bytes.Repeat([]byte{7}, 64),
+		Routes: []*api.Route{
+			{Destination: "10.0.2.0/24", Interface: "eth0", Source: "10.0.2.15"}, {Destination: "fd00::/64", Interface: "eth0"},
+			{Gateway: "10.0.2.2", Interface: "eth0"}, {Destination: "10.9.0.0/16", Gateway: "192.0.2.1", Interface: "eth0"},
+			{Destination: "10.8.0.0/16", Gateway: "fd00::1", Interface: "eth0"},
+		},
+		Dns:       &api.DNS{Servers: []string{"10.0.2.3"}, Searches: []string{"svc.local"}, Options: []string{"ndots:5"}},
+		Sysctls:   map[string]string{"net.core.somaxconn": "1234", "kernel.shm_rmid_forced": "1"},
+		UnixNanos: time.Now().UnixNano(), Entropy: bytes.Repeat([]byte{7}, 64),
 		HostAliases: []*api.HostAlias{{Address: "192.0.2.9", Names: []string{"db"}}},
 	})
 	if err != nil {

@@ -26,7 +26,7 @@ type command func(args []string) (int, error)
 
 var commands = map[string]command{
 	"web": web, "sleep": sleep, "echo": echo, "cat": cat, "exit": exit, "env": env, "id": id, "pwd": pwd, "ls": ls,
-	"tcp-echo": tcpEcho, "write": write, "flood": flood, "trap-term": trapTerm, "oom": oom,
+	"tcp-echo": tcpEcho, "udp-echo": udpEcho, "write": write, "flood": flood, "trap-term": trapTerm, "oom": oom,
 	"spawn-zombies": spawnZombies, "orphan": orphan, "get": get, "hostname": hostname,
 	"err": errText, "count": count, "long": long, "detach": detach, "mount": mount, "poweroff": poweroff, "fill": fill,
 }
@@ -238,6 +238,28 @@ func tcpEcho(args []string) (int, error) {
 			defer c.Close()
 			_, _ = io.Copy(c, c) // ends when the client does
 		}()
+	}
+}
+
+// udpEcho answers each datagram with itself.
+func udpEcho(args []string) (int, error) {
+	if len(args) != 1 {
+		return 2, errUsage
+	}
+	c, err := net.ListenPacket("udp", ":"+args[0])
+	if err != nil {
+		return 1, err
+	}
+	fmt.Printf("listening on %s\n", c.LocalAddr())
+	b := make([]byte, 1<<16)
+	for {
+		n, from, err := c.ReadFrom(b)
+		if err == nil {
+			_, err = c.WriteTo(b[:n], from)
+		}
+		if err != nil {
+			return 1, err
+		}
 	}
 }
 
