@@ -17,6 +17,10 @@ CRITEST_REGISTRY ?=
 AGENT_LDFLAGS := -s -w -X github.com/cri-vz/cri-vz/guest/agent.Version=$(VERSION)
 export CGO_ENABLED := 0
 
+# What a Mac runs.
+DARWIN_PACKAGES := ./cmd/cri-vz/... ./cri/... ./sandbox/... ./imageservice/... ./guest/api/... ./guest/image/...
+STAND_IN        := test/fakevz=github.com/Code-Hex/vz/v3
+
 # Packages whose tests boot VMs run one at a time: a boot takes a whole core.
 VM_PACKAGES := ./guest/image ./sandbox/qemu ./test/guest ./sandbox ./test/e2e
 UNIT_PACKAGES = $(filter-out $(VM_PACKAGES:.%=github.com/cri-vz/cri-vz%) %/test/node,$(shell go list ./...))
@@ -42,15 +46,17 @@ setup: ## install what building and testing needs; safe to repeat
 demo: setup guest ## run an image from a docker-save tar in a VM, look at it, clean up
 	$(SUDO) hack/real-root hack/demo
 
-check: lint ## format, vet, lint, tidy, and builds for every host
+check: lint ## format, vet, lint, tidy, and builds and type checks for every host
 	@fmt=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$fmt" ] || { echo "not gofmt'ed: $$fmt" >&2; exit 1; }
 	go mod tidy -diff
 	for host in $(HOSTS); do \
 	  echo "build for $$host"; \
 	  GOOS=$${host%/*} GOARCH=$${host#*/} go build -o /dev/null ./cmd/cri-vz; \
-	  GOOS=$${host%/*} GOARCH=$${host#*/} go vet ./cmd/cri-vz/... ./cri/... ./sandbox/... ./imageservice/... ./guest/api/... ./guest/image/...; \
+	  GOOS=$${host%/*} GOARCH=$${host#*/} go vet $(DARWIN_PACKAGES); \
 	done
 	for arch in amd64 arm64; do GOOS=linux GOARCH=$$arch go vet ./...; done
+	go run ./hack/typecheck -same $(STAND_IN) $(DARWIN_PACKAGES)
+	hack/with-fakevz go vet ./sandbox/... $(word 2,$(subst =, ,$(STAND_IN)))
 
 lint:
 	hack/lint
@@ -61,6 +67,7 @@ test-unit:
 	$(SUDO) hack/real-root env CGO_ENABLED=1 go test -race -timeout 10m $(UNIT_PACKAGES)
 
 test-vm:
+	$(SUDO) hack/real-root hack/with-fakevz hack/test-vm ./sandbox/vz
 	$(SUDO) hack/real-root hack/test-vm $(VM_PACKAGES)
 
 test-node: setup guest ## a kubelet and a control plane on cri-vz; builds them once, some 10 minutes

@@ -4,12 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"runtime"
-	"strings"
 	"sync"
 	"time"
 
@@ -19,15 +16,6 @@ import (
 )
 
 const (
-	// serialLimit is VIRTIO_BLK_ID_BYTES (virtio 1.2 §5.2.6).
-	serialLimit = 20
-	// tagLimit is the size of the tag in virtio_fs_config (virtio 1.2 §5.11.4).
-	tagLimit = 36
-	// socketPathLimit is sun_path of the narrowest system that cri-vz knows, with
-	// the zero at its end. // T14
-	socketPathLimit = 104
-	// longestSocket is the longest name that a machine gives a socket in RunDir.
-	longestSocket = "share-00.sock"
 	// maxShares, maxDisks and maxNICs fit on the root bus of q35 and virt.
 	maxShares, maxDisks, maxNICs = 8, 12, 4
 	// cmdlineLimit is COMMAND_LINE_SIZE of x86 and arm64, less what is added here.
@@ -123,7 +111,7 @@ func (d *driver) Capabilities(ctx context.Context, arch string) (vmm.Capabilitie
 	if err != nil {
 		return vmm.Capabilities{}, err
 	}
-	return vmm.Capabilities{Accelerator: string(a), SharePropagation: os.Geteuid() == 0}, nil
+	return vmm.Capabilities{Accelerator: string(a), SharePropagation: os.Geteuid() == 0, DiskErrors: true}, nil
 }
 
 // Validate implements vmm.Driver. It reads the start of the kernel and looks at the
@@ -145,108 +133,27 @@ func validate(c vmm.Config) error {
 	if _, err := kernelProtocol(c.Kernel, c.Arch); err != nil {
 		return err
 	}
-	if c.Initrd != "" {
-		if err := isFile(c.Initrd); err != nil {
-			return bad("initrd: %w", err)
-		}
-	}
 	if len(c.Cmdline) > cmdlineLimit {
 		return bad("kernel command line has %d bytes, at most %d fit", len(c.Cmdline), cmdlineLimit)
 	}
-	if strings.ContainsAny(c.Cmdline, "\x00\n") {
-		return bad("kernel command line %q: a newline or zero can't be in it", c.Cmdline)
-	}
-	if c.CPUs < 1 || c.CPUs > 255 {
+	if c.CPUs > 255 {
 		return bad("%d CPUs: choose 1 to 255", c.CPUs)
-	}
-	if c.MemoryBytes <= 0 || c.MemoryBytes%(1<<20) != 0 {
-		return bad("memory of %d bytes: choose a positive multiple of 1 MiB", c.MemoryBytes)
-	}
-	if c.Console == nil {
-		return bad("no console file")
-	}
-	if st, err := os.Stat(c.RunDir); err != nil {
-		return bad("run directory: %w", err)
-	} else if !st.IsDir() || !filepath.IsAbs(c.RunDir) {
-		return bad("run directory %s: it has to be an absolute path of a directory", c.RunDir)
-	}
-	if p := filepath.Join(c.RunDir, longestSocket); len(p) >= socketPathLimit {
-		return bad("run directory %s: the socket path %s has %d bytes, at most %d fit: choose a shorter one",
-			c.RunDir, p, len(p), socketPathLimit-1)
 	}
 	if len(c.Disks) > maxDisks || len(c.Shares) > maxShares || len(c.NICs) > maxNICs {
 		return bad("%d disks, %d shares and %d NICs: at most %d, %d and %d fit",
 			len(c.Disks), len(c.Shares), len(c.NICs), maxDisks, maxShares, maxNICs)
 	}
-	serials := map[string]bool{}
-	for _, disk := range c.Disks {
-		switch {
-		case disk.Serial == "" || len(disk.Serial) > serialLimit || !printable(disk.Serial):
-			return bad("disk serial %q: choose 1 to %d bytes of printable ASCII", disk.Serial, serialLimit)
-		case serials[disk.Serial]:
-			return bad("two disks have the serial %q", disk.Serial)
-		}
-		serials[disk.Serial] = true
-		if err := isFile(disk.Path); err != nil {
-			return bad("disk %s: %w", disk.Serial, err)
-		}
-	}
-	tags := map[string]bool{}
 	for _, s := range c.Shares {
-		switch {
-		case s.Tag == "" || len(s.Tag) > tagLimit || !printable(s.Tag):
-			return bad("share tag %q: choose 1 to %d bytes of printable ASCII", s.Tag, tagLimit)
-		case tags[s.Tag]:
-			return bad("two shares have the tag %q", s.Tag)
-		}
-		tags[s.Tag] = true
-		st, err := os.Stat(s.Dir)
-		if err == nil && (!st.IsDir() || !filepath.IsAbs(s.Dir)) {
-			err = fmt.Errorf("%s: it has to be an absolute path of a directory", s.Dir)
-		}
-		if err != nil {
-			return bad("share %s: %w", s.Tag, err)
+		if s.Dirs != nil {
+			return bad("share %s: directories that change can't be shared: share one, and mount others below it", s.Tag)
 		}
 	}
-	macs := map[string]bool{}
-	for i, n := range c.NICs {
-		mac := n.MAC.String()
-		switch {
-		case len(n.MAC) != 6 || n.MAC[0]&1 != 0:
-			return bad("NIC %d: MAC %q: choose a unicast address of 6 bytes", i, mac)
-		case macs[mac]:
-			return bad("two NICs have the MAC %s", mac)
-		case n.MTU < 68 || n.MTU > 65535:
-			return bad("NIC %s: MTU %d: choose 68 to 65535", mac, n.MTU)
-		case n.Tap == nil:
-			return bad("NIC %s: no tap", mac)
-		}
-		macs[mac] = true
-	}
-	return nil
-}
-
-func printable(s string) bool {
-	for i := range len(s) {
-		if s[i] < 0x20 || s[i] > 0x7e {
-			return false
+	for _, n := range c.NICs {
+		if n.Tap == nil || n.Frames != nil {
+			return bad("NIC %s: it takes a tap and nothing else", n.MAC)
 		}
 	}
-	return true
-}
-
-func isFile(path string) error {
-	if !filepath.IsAbs(path) {
-		return fmt.Errorf("%q is not an absolute path", path)
-	}
-	st, err := os.Stat(path)
-	if err != nil {
-		return err
-	}
-	if m := st.Mode(); !m.IsRegular() && (m&fs.ModeDevice == 0 || m&fs.ModeCharDevice != 0) {
-		return fmt.Errorf("%s is neither a file nor a block device", path)
-	}
-	return nil
+	return c.Check()
 }
 
 // New implements vmm.Driver.
@@ -261,8 +168,10 @@ func (d *driver) New(ctx context.Context, c vmm.Config) (vmm.Machine, error) {
 func (d *driver) newMachine(ctx context.Context, c vmm.Config) (_ *machine, err error) {
 	m := &machine{config: c, driver: d, done: make(chan struct{})}
 	for _, n := range c.NICs {
-		if n.Tap != nil {
-			m.files = append(m.files, n.Tap)
+		for _, f := range []*os.File{n.Tap, n.Frames} {
+			if f != nil {
+				m.files = append(m.files, f)
+			}
 		}
 	}
 	defer func() {

@@ -64,6 +64,16 @@ type Share struct {
 	Tag      string
 	Dir      string
 	ReadOnly bool
+	// Dirs, if not nil, are shared instead of Dir: each is a directory of that
+	// name in the guest's mount, and a [ShareSetter] can replace them all while
+	// the machine runs. Only where [Capabilities] say LiveShares.
+	Dirs map[string]SharedDir
+}
+
+// SharedDir is a directory of a [Share] with several.
+type SharedDir struct {
+	Dir      string
+	ReadOnly bool
 }
 
 // NIC is a network interface of the guest.
@@ -72,6 +82,10 @@ type NIC struct {
 	MTU int
 	// Tap is an open tap device (linux, IFF_VNET_HDR); New takes ownership.
 	Tap *os.File
+	// Frames is a connected datagram socket that carries one Ethernet frame per
+	// datagram; New takes ownership. A NIC with neither is behind the host's own
+	// NAT, where the driver has one (vz), with an MTU of 1500.
+	Frames *os.File
 }
 
 // Capabilities says what a driver can do on this host.
@@ -81,6 +95,10 @@ type Capabilities struct {
 	// SharePropagation: mounts made on the host below a share's directory
 	// after Start appear in the guest.
 	SharePropagation bool
+	// LiveShares: a Share may have Dirs, and machines implement [ShareSetter].
+	LiveShares bool
+	// DiskErrors: Config.DiskFailed is called.
+	DiskErrors bool
 }
 
 // Driver makes machines of one kind. Its methods may be called concurrently.
@@ -92,8 +110,8 @@ type Driver interface {
 	Capabilities(ctx context.Context, arch string) (Capabilities, error)
 	// Validate checks c without side effects; its errors wrap [ErrConfig].
 	Validate(c Config) error
-	// New prepares a machine and takes ownership of every NIC's Tap, also when
-	// it fails.
+	// New prepares a machine and takes ownership of every NIC's Tap and Frames,
+	// also when it fails.
 	New(ctx context.Context, c Config) (Machine, error)
 }
 
@@ -134,4 +152,11 @@ type CPUPinner interface {
 	// error they run where they ran before. It works from Start to Done, and may
 	// be called concurrently with all other methods but itself.
 	PinCPUs(ctx context.Context, cpus []int) error
+}
+
+// ShareSetter is a [Machine] whose shares with Dirs can change.
+type ShareSetter interface {
+	// SetShare replaces the directories of the share tag while the machine runs.
+	// What stays the same stays mounted in the guest, with its open files.
+	SetShare(ctx context.Context, tag string, dirs map[string]SharedDir) error
 }

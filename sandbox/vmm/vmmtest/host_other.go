@@ -19,7 +19,7 @@ func (hostState) compare(*testing.T, hostState) {}
 func (s *suite) laterMounts(*testing.T, *vmm.Config) func(*testing.T, *client) { return nil }
 
 // fullDisk would take a file system that the test can fill.
-func fullDisk(*testing.T, *vmm.Config) func(*testing.T, *client) { return nil }
+func (s *suite) fullDisk(*testing.T, *vmm.Config) func(*testing.T, *client) { return nil }
 
 // pinCPUs has nothing to look at where there are no affinities.
 func pinCPUs(*testing.T, *machine, vmm.CPUPinner, int) {}

@@ -51,7 +51,7 @@ type Guest struct {
 	Kernel, Initrd string
 	// Cmdline is what the kernel needs beside the driver's console=.
 	Cmdline string
-	// NIC, if set, makes a NIC whose Tap the driver will own.
+	// NIC, if set, makes a NIC whose Tap or Frames the driver will own.
 	NIC func(t *testing.T) vmm.NIC
 }
 
@@ -508,7 +508,8 @@ func (s *suite) life(t *testing.T) {
 		{Tag: "layers", Dir: layers, ReadOnly: true},
 	}
 	later := s.laterMounts(t, &c)
-	full := fullDisk(t, &c)
+	live := s.liveShare(t, &c)
+	full := s.fullDisk(t, &c)
 	data := filepath.Join(t.TempDir(), "data")
 	write(t, data, strings.Repeat("x", 1<<20))
 	image := filepath.Join(t.TempDir(), "image")
@@ -601,6 +602,9 @@ func (s *suite) life(t *testing.T) {
 	if later != nil {
 		t.Run("mounts after boot", func(t *testing.T) { later(t, guest) }) // T2
 	}
+	if live != nil {
+		t.Run("live share", func(t *testing.T) { live(t, m, guest) })
+	}
 	t.Run("disks", func(t *testing.T) {
 		fixed := guest.do(t, "disk image")
 		want := fmt.Sprintf("%d %x", 1<<20, sha256.Sum256(bytes.Repeat([]byte("y"), 1<<20)))
@@ -645,6 +649,73 @@ func (s *suite) life(t *testing.T) {
 			t.Errorf("Err: %v", err)
 		}
 	})
+}
+
+// liveShare adds a share whose directories change, and returns the test to run after
+// boot.
+func (s *suite) liveShare(t *testing.T, c *vmm.Config) func(*testing.T, *machine, *client) {
+	if !s.caps.LiveShares {
+		return nil
+	}
+	dirs := map[string]vmm.SharedDir{}
+	for _, name := range []string{"first", "second", "fixed"} {
+		d := filepath.Join(t.TempDir(), name)
+		write(t, filepath.Join(d, "file"), name)
+		dirs[name] = vmm.SharedDir{Dir: d, ReadOnly: name == "fixed"}
+	}
+	c.Shares = append(c.Shares, vmm.Share{Tag: "live", Dirs: map[string]vmm.SharedDir{"first": dirs["first"]}})
+	return func(t *testing.T, m *machine, guest *client) {
+		setter, ok := m.Machine.(vmm.ShareSetter)
+		if !ok {
+			t.Fatal("the driver has live shares and its machine is no ShareSetter")
+		}
+		at := guest.do(t, "mount live")
+		guest.expect(t, "first", "read %s/first/file", at)
+		if _, err := guest.try(t, "read %s/second/file", at); err == nil {
+			t.Error("a directory is shared before it was set")
+		}
+		if err := setter.SetShare(t.Context(), "live", dirs); err != nil {
+			t.Fatal(err)
+		}
+		guest.expect(t, "second", "read %s/second/file", at)
+		guest.do(t, "write %s/first/new by the guest", at)
+		if b, err := os.ReadFile(filepath.Join(dirs["first"].Dir, "new")); err != nil || string(b) != "by the guest" {
+			t.Errorf("host reads %q, %v", b, err)
+		}
+		guest.expect(t, "fixed", "read %s/fixed/file", at)
+		if _, err := guest.try(t, "write %s/fixed/file poisoned", at); err == nil { // T1
+			t.Error("guest wrote to a read-only directory")
+		}
+		delete(dirs, "first")
+		if err := setter.SetShare(t.Context(), "live", dirs); err != nil {
+			t.Fatal(err)
+		}
+		guest.expect(t, "second", "read %s/second/file", at)
+		// The guest may know the name for a moment longer.
+		for end := time.Now().Add(soon); ; time.Sleep(100 * time.Millisecond) {
+			if _, err := guest.try(t, "write %s/first/new again", at); err != nil {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatalf("guest writes to a directory that was taken away %s ago", soon)
+			}
+		}
+		for name, bad := range map[string]map[string]vmm.SharedDir{
+			"a path for a name": {"../x": dirs["second"]},
+			"a file":            {"x": {Dir: filepath.Join(dirs["second"].Dir, "file")}},
+			"a missing one":     {"x": {Dir: filepath.Join(dirs["second"].Dir, "missing")}},
+		} {
+			if err := setter.SetShare(t.Context(), "live", bad); !errors.Is(err, vmm.ErrConfig) {
+				t.Errorf("%s: %v, want ErrConfig", name, err)
+			}
+		}
+		for _, tag := range []string{"writable", "none"} {
+			if err := setter.SetShare(t.Context(), tag, dirs); err == nil {
+				t.Errorf("share %s can be set", tag)
+			}
+		}
+		guest.expect(t, "second", "read %s/second/file", at)
+	}
 }
 
 // echo sends n bytes through the guest and checks what comes back.

@@ -1,0 +1,3 @@
+module github.com/Code-Hex/vz/v3
+
+go 1.26
