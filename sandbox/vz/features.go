@@ -10,7 +10,11 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// The versions in which the framework got what the driver uses beyond firstMacOS's.
+// firstMacOS is the first version whose framework has all that the driver can't do
+// without: the MTU of a NIC came last.
+const firstMacOS = 13.0
+
+// What is optional.
 const (
 	featureLiveShares = "live shares"
 	featureRosetta    = "Rosetta"

@@ -32,7 +32,3 @@
 // That it has run on a Mac: it is tested against a stand-in for vz (test/fakevz),
 // type-checked against vz itself, and hack/mac-first-run is there for whoever has one.
 package vz
-
-// firstMacOS is the first version whose framework has all that the driver can't do
-// without: the MTU of a NIC came last.
-const firstMacOS = 13.0
