@@ -50,8 +50,10 @@ func expandSlice(name string) string {
 	return dir
 }
 
-// makeCgroups makes the pod's cgroup in cgroup v2, or in v1's memory and pids
-// hierarchies, and returns the directories. A host whose cgroups can't be
+// makeCgroups makes the pod's cgroup in cgroup v2, or in v1's hierarchies that
+// count, and returns the directories. Below a parent of the kubelet's these are
+// those whose limits it sets and whose figures it reports for the pod; else those
+// that keep the VM's memory and processes apart. A host whose cgroups can't be
 // written to has none: the sweep is then left to process ids.
 func makeCgroups(root, parent, id string) ([]string, error) {
 	rel, err := cgroupNames(root, parent, id)
@@ -62,13 +64,16 @@ func makeCgroups(root, parent, id string) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find cgroups: %w", err)
 	}
+	controllers := []string{"memory", "pids"}
+	if parent != "" {
+		controllers = append(controllers, "cpu", "cpuacct")
+	}
 	var dirs []string
 	for _, m := range mounts {
-		if m.FSType == "cgroup" {
-			opts := strings.Split(m.VFSOptions, ",")
-			if !slices.Contains(opts, "memory") && !slices.Contains(opts, "pids") {
-				continue
-			}
+		if m.FSType == "cgroup" && !slices.ContainsFunc(strings.Split(m.VFSOptions, ","), func(option string) bool {
+			return slices.Contains(controllers, option)
+		}) {
+			continue
 		}
 		dir := filepath.Join(m.Mountpoint, rel)
 		if slices.Contains(dirs, dir) {

@@ -47,20 +47,12 @@ func TestRuntimeClass(t *testing.T) {
 	onlyCRIVZ(t, "its handlers are its own")
 	t.Parallel()
 	n := newNamespace(t)
-	n.apply(fmt.Sprintf(`
-apiVersion: node.k8s.io/v1
-kind: RuntimeClass
-metadata: {name: %[1]s}
-handler: %[1]s
-overhead: {podFixed: {memory: 320Mi, cpu: 100m}}
-`, handler))
-	t.Cleanup(func() { _, _ = kubectl("delete", "runtimeclass", handler) })
 	n.ready("large", `
 apiVersion: v1
 kind: Pod
 metadata: {name: large}
 spec:
-  runtimeClassName: `+handler+`
+  runtimeClassName: `+n.runtimeClass()+`
   terminationGracePeriodSeconds: 1
   containers:
   - name: main
@@ -85,6 +77,21 @@ spec:
 `)
 	t.Cleanup(func() { _, _ = kubectl("delete", "runtimeclass", "unknown") })
 	n.refused("unknown", `runtime_handler "unknown" is not configured`)
+}
+
+// runtimeClass makes a RuntimeClass of cri-vz's handler, with overhead, for the
+// time of the test.
+func (n *namespace) runtimeClass() string {
+	n.Helper()
+	n.apply(fmt.Sprintf(`
+apiVersion: node.k8s.io/v1
+kind: RuntimeClass
+metadata: {name: %s}
+handler: %s
+overhead: {podFixed: {memory: 320Mi, cpu: 100m}}
+`, n.name, handler))
+	n.Cleanup(func() { _, _ = kubectl("delete", "runtimeclass", n.name) })
+	return n.name
 }
 
 // What a VM can't give is refused, and the event says why (T39, T40).
