@@ -21,12 +21,14 @@ type summary struct {
 }
 
 type podStats struct {
-	PodRef           struct{ Name, Namespace string }
-	CPU              struct{ UsageNanoCores, UsageCoreNanoSeconds uint64 }
-	Memory           struct{ WorkingSetBytes, UsageBytes uint64 }
-	Network          struct{ RxBytes, TxBytes uint64 }
-	ProcessStats     struct{ ProcessCount uint64 } `json:"process_stats"`
-	EphemeralStorage struct{ UsedBytes uint64 }    `json:"ephemeral-storage"`
+	PodRef       struct{ Name, Namespace string }
+	CPU          struct{ UsageNanoCores, UsageCoreNanoSeconds uint64 }
+	Memory       struct{ WorkingSetBytes, UsageBytes uint64 }
+	Network      struct{ RxBytes, TxBytes uint64 }
+	ProcessStats struct {
+		ProcessCount uint64 `json:"process_count"`
+	} `json:"process_stats"`
+	EphemeralStorage struct{ UsedBytes uint64 } `json:"ephemeral-storage"`
 	Volume           []struct {
 		Name      string
 		UsedBytes uint64
