@@ -22,7 +22,7 @@ DARWIN_PACKAGES := ./cmd/cri-vz/... ./cri/... ./sandbox/... ./imageservice/... .
 STAND_IN        := test/fakevz=github.com/Code-Hex/vz/v3
 
 # Packages whose tests boot VMs run one at a time: a boot takes a whole core.
-VM_PACKAGES := ./guest/image ./sandbox/qemu ./test/guest ./sandbox ./test/e2e
+VM_PACKAGES := ./guest/image ./sandbox/qemu ./test/guest ./sandbox ./test/e2e ./test/conformance
 UNIT_PACKAGES = $(filter-out $(VM_PACKAGES:.%=github.com/cri-vz/cri-vz%) %/test/node,$(shell go list ./...))
 
 .PHONY: build agent guest setup demo check lint test test-unit test-vm test-node test-long critest bench kernel clean

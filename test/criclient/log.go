@@ -51,3 +51,23 @@ func WaitForLog(t *testing.T, path, text string) {
 		return nil
 	})
 }
+
+// WantCount checks that every line of the test image's `count N` came once and
+// in order.
+func WantCount(t *testing.T, got string, n int) {
+	t.Helper()
+	var want strings.Builder
+	for i := range n {
+		fmt.Fprintf(&want, "line %d\n", i+1)
+	}
+	if got != want.String() {
+		g, w := strings.Split(got, "\n"), strings.Split(want.String(), "\n")
+		for i := range min(len(g), len(w)) {
+			if g[i] != w[i] {
+				t.Errorf("line %d of %d is %q, want %q", i+1, len(g)-1, g[i], w[i])
+				return
+			}
+		}
+		t.Errorf("%d lines, want %d", len(g)-1, n)
+	}
+}

@@ -19,13 +19,13 @@ type Pod struct {
 
 // RunPod runs a pod sandbox; handler may be empty. The caller removes it.
 func (c *Client) RunPod(ctx context.Context, cfg *runtimeapi.PodSandboxConfig, handler string) (*Pod, error) {
-	c.boots.Add(1)
 	ctx, cancel := context.WithTimeout(ctx, CallTimeout)
 	defer cancel()
 	r, err := c.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: cfg, RuntimeHandler: handler})
 	if err != nil {
 		return nil, err
 	}
+	c.boots.Add(1)
 	return &Pod{Client: c, ID: r.GetPodSandboxId(), Config: cfg}, nil
 }
 

@@ -82,42 +82,6 @@ func TestImages(t *testing.T) {
 	}
 }
 
-// What layers say is what a container sees: whiteouts, opaque directories,
-// owners, set-user-id programs, hard links.
-func TestLayers(t *testing.T) {
-	p := sharedPodOf(t)
-	img, err := images.Layered(suite.images, runtime.GOARCH)
-	if err != nil {
-		t.Fatal(err)
-	}
-	id := startImage(t, p.pod, "layered", img, "/bin/sleep", "infinity")
-	for _, c := range []struct{ path, want string }{
-		{"/data", "kept\n"},
-		{"/opaque", "above\n"},
-		{"/replaced", "-rw-r--r-- 0:0 4 replaced\n"},
-		{"/file-to-dir", "inside\n"},
-		{"/owned", "-rw-r----- 1000:2000 6 owned\n"},
-		{"/bin/setuid-id", "ugrwxr-xr-x 0:0 "},
-		{"/hard-b", " 5 hard-b\n"},
-	} {
-		if got := p.output(t, id, "/bin/ls", c.path); !strings.Contains(got, c.want) || c.path == "/data" && strings.Contains(got, "deleted") || c.path == "/opaque" && strings.Contains(got, "below") {
-			t.Errorf("ls %s: %q, want %q", c.path, got, c.want)
-		}
-	}
-	if got := p.output(t, id, "/bin/ls", "/"); strings.Contains(got, "lost+found") {
-		t.Errorf("the file system shows its own workings: %s", got)
-	}
-	if got := p.output(t, id, "/bin/setuid-id", "id"); !strings.HasPrefix(got, "uid=1000 euid=0 ") {
-		t.Errorf("set-user-id program: %q", got)
-	}
-	// What one container writes another one does not see.
-	p.output(t, id, "/bin/write", "/tmp/mine", "x")
-	other := startImage(t, p.pod, "layered-too", img, "/bin/sleep", "infinity")
-	if got := p.output(t, other, "/bin/ls", "/tmp"); got != "" {
-		t.Errorf("the other container's /tmp: %q", got)
-	}
-}
-
 // T24: as many layers as images may have.
 func TestManyLayers(t *testing.T) {
 	p := sharedPodOf(t)

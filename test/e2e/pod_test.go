@@ -155,6 +155,7 @@ var (
 	timeout    = criclient.Timeout
 	eventually = criclient.Eventually
 	wantError  = criclient.WantError
+	wantCount  = criclient.WantCount
 	waitForLog = criclient.WaitForLog
 	command    = criclient.Command
 	args       = criclient.Args

@@ -14,58 +14,6 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-func TestVolumes(t *testing.T) {
-	p := sharedPodOf(t)
-	dir := filepath.Join(suite.base, "volumes")
-	for _, d := range []string{"rw", "ro"} {
-		if err := os.MkdirAll(filepath.Join(dir, d), 0o777); err != nil {
-			t.Fatal(err)
-		}
-		writeFile(t, filepath.Join(dir, d, "there"), "from the host\n")
-	}
-	writeFile(t, filepath.Join(dir, "single"), "one\n")
-	writeFile(t, filepath.Join(dir, "secret"), "not shared\n")
-	if err := os.Symlink("rw", filepath.Join(dir, "link")); err != nil {
-		t.Fatal(err)
-	}
-	id := p.start(t, "volumes", asRoot, command("/bin/sleep", "infinity"),
-		mount(&runtimeapi.Mount{HostPath: dir + "/rw", ContainerPath: "/rw"}),
-		mount(&runtimeapi.Mount{HostPath: dir + "/ro", ContainerPath: "/ro", Readonly: true}),
-		mount(&runtimeapi.Mount{HostPath: dir + "/link", ContainerPath: "/linked"}),
-		mount(&runtimeapi.Mount{HostPath: dir + "/single", ContainerPath: "/etc/single", Readonly: true}),
-		mount(&runtimeapi.Mount{HostPath: dir + "/single", ContainerPath: "/rw/single"}))
-
-	if got := p.output(t, id, "/bin/cat", "/rw/there", "/ro/there", "/linked/there", "/etc/single"); got != strings.Repeat("from the host\n", 3)+"one\n" {
-		t.Errorf("read %q", got)
-	}
-	p.output(t, id, "/bin/write", "/rw/new", "from the pod")
-	if b, err := os.ReadFile(dir + "/rw/new"); err != nil || string(b) != "from the pod\n" {
-		t.Errorf("on the host: %q, %v", b, err)
-	}
-	for _, path := range []string{"/ro/new", "/ro/there", "/etc/single"} {
-		if r := p.exec(t, id, "/bin/write", path, "x"); r.code == 0 || !strings.Contains(r.stderr, "read-only") {
-			t.Errorf("write %s: %+v", path, r)
-		}
-	}
-	// T30: updates in place are seen, and the folder of a single file is not shared.
-	writeFile(t, filepath.Join(dir, "single"), "two\n")
-	if got := p.output(t, id, "/bin/cat", "/etc/single"); got != "two\n" {
-		t.Errorf("after an update on the host: %q", got)
-	}
-	if got := p.output(t, id, "/bin/ls", "/rw"); strings.Contains(got, "secret") {
-		t.Errorf("the file's folder is shared: %s", got)
-	}
-	writeFile(t, filepath.Join(dir, "rw", "later"), "later\n")
-	if got := p.output(t, id, "/bin/cat", "/rw/later"); got != "later\n" {
-		t.Errorf("a file made later: %q", got)
-	}
-	// T34 in part: nothing of the volume is in use after RemoveContainer, and
-	// nothing was ever mounted in the host's own namespace.
-	if m := mountsBelow(p.dir); len(m) > 0 && strings.Contains(strings.Join(m, " "), "volumes") {
-		t.Errorf("mounts on the host: %v", m)
-	}
-}
-
 func writeFile(t *testing.T, path, text string) {
 	t.Helper()
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o644)

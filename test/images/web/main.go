@@ -28,7 +28,7 @@ var commands = map[string]command{
 	"web": web, "sleep": sleep, "echo": echo, "cat": cat, "exit": exit, "env": env, "id": id, "pwd": pwd, "ls": ls,
 	"tcp-echo": tcpEcho, "udp-echo": udpEcho, "write": write, "flood": flood, "trap-term": trapTerm, "oom": oom,
 	"spawn-zombies": spawnZombies, "orphan": orphan, "get": get, "hostname": hostname,
-	"err": errText, "count": count, "long": long, "detach": detach, "mount": mount, "poweroff": poweroff, "fill": fill,
+	"err": errText, "count": count, "long": long, "detach": detach, "mount": mount, "fill": fill,
 }
 
 func main() {

@@ -4,8 +4,6 @@ package main
 
 import "errors"
 
-var errLinux = errors.New("the images hold Linux programs")
-
-func syscallMount(string, string, string) error { return errLinux }
-
-func poweroff([]string) (int, error) { return 1, errLinux }
+func syscallMount(string, string, string) error {
+	return errors.New("the images hold Linux programs")
+}
