@@ -47,8 +47,12 @@ func podConfig(n *node, name string) *runtimeapi.PodSandboxConfig {
 }
 
 func (n *node) runPod(ctx context.Context, cfg *runtimeapi.PodSandboxConfig) (*pod, error) {
+	return n.runPodWith(ctx, cfg, "")
+}
+
+func (n *node) runPodWith(ctx context.Context, cfg *runtimeapi.PodSandboxConfig, handler string) (*pod, error) {
 	boots.Add(1)
-	p, err := n.cri.RunPod(ctx, cfg, "")
+	p, err := n.cri.RunPod(ctx, cfg, handler)
 	if err != nil {
 		return nil, err
 	}

@@ -135,11 +135,10 @@ func TestRuntimeHandlers(t *testing.T) {
 	cfg.Linux.Resources = &resources{MemoryLimitInBytes: 256 << 20}
 	cfg.Linux.Overhead = &resources{MemoryLimitInBytes: 32 << 20}
 	boots.Add(1)
-	r, err := n.RunPodSandbox(timeout(t, callTimeout), &runtimeapi.RunPodSandboxRequest{Config: cfg, RuntimeHandler: "odd"})
+	p, err := n.runPodWith(t.Context(), cfg, "odd")
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &pod{node: n, id: r.GetPodSandboxId(), config: cfg}
 	t.Cleanup(func() { p.remove(t) })
 	if got := p.sandbox(t, p.id).GetRuntimeHandler(); got != "odd" {
 		t.Errorf("runtime handler %q", got)
