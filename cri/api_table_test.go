@@ -267,7 +267,7 @@ var messages = []message{
 	{name: "StreamPodSandboxStatsRequest", honoured: "filter"},
 	{name: "UpdateRuntimeConfigRequest", honoured: "runtime_config"},
 	{name: "RuntimeConfig", honoured: "network_config"},
-	{name: "NetworkConfig", accepted: []meaning{{"pod_cidr", "none: CNI's configuration decides, else `network.builtin_subnet`"}}},
+	{name: "NetworkConfig", refused: []refusal{{field: "pod_cidr: not a CIDR, or several with commas between", reason: "no address family's"}}, accepted: []meaning{{"pod_cidr", "none: CNI's configuration decides, else `network.builtin_subnet`"}}},
 	{name: "StatusRequest", honoured: "verbose"},
 	{name: "UpdatePodSandboxResourcesRequest", honoured: "pod_sandbox_id", accepted: []meaning{
 		{"resources", "what needs a larger VM is `ResourceExhausted`, because a VM keeps its size; the rest is on record"},

@@ -64,6 +64,7 @@ type Server struct {
 	streamsHT *http.Server
 	streamsLn net.Listener
 	grpc      *grpc.Server
+	rates     cpuRates
 }
 
 const (

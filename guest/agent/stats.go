@@ -62,21 +62,33 @@ func (a *Agent) Stats(ctx context.Context, r *api.StatsRequest) (*api.StatsRespo
 }
 
 func (c cgroup) stats() *api.ContainerStats {
-	s := &api.ContainerStats{CpuUsageNanos: c.flat("cpu.stat")["usage_usec"] * 1000}
+	cpu := c.flat("cpu.stat")
+	s := &api.ContainerStats{
+		CpuUsageNanos: cpu["usage_usec"] * 1000, CpuUserNanos: cpu["user_usec"] * 1000, CpuSystemNanos: cpu["system_usec"] * 1000,
+		CpuPeriods: cpu["nr_periods"], CpuThrottledPeriods: cpu["nr_throttled"], CpuThrottledNanos: cpu["throttled_usec"] * 1000,
+	}
 	s.MemoryUsageBytes, _ = c.number("memory.current")
 	m := c.flat("memory.stat")
 	s.MemoryRssBytes, s.PageFaults, s.MajorPageFaults = m["anon"], m["pgfault"], m["pgmajfault"]
+	s.MemoryCacheBytes, s.MemoryMappedFileBytes = m["file"], m["file_mapped"]
+	s.MemoryMaxUsageBytes, _ = c.number("memory.peak")
 	// As kubelet's: what the kernel could not simply drop.
 	s.MemoryWorkingSetBytes = s.MemoryUsageBytes - min(s.MemoryUsageBytes, m["inactive_file"])
 	if limit, ok := c.number("memory.max"); ok {
 		s.MemoryAvailableBytes = limit - min(limit, s.MemoryWorkingSetBytes)
 	}
 	s.Pids, _ = c.number("pids.current")
+	s.PidsMax, _ = c.number("pids.max")
+	_ = c.walk(func(dir cgroup) error { s.Processes += uint64(len(dir.procs())); return nil })
 	s.SwapUsageBytes, _ = c.number("memory.swap.current")
 	if limit, ok := c.number("memory.swap.max"); ok {
 		s.SwapAvailableBytes = limit - min(limit, s.SwapUsageBytes)
 	}
-	s.OomKills = c.flat("memory.events")["oom_kill"]
+	events := c.flat("memory.events")
+	s.OomKills, s.MemoryFailures = events["oom_kill"], events["max"]
+	if text, err := c.read("io.stat"); err == nil {
+		s.ReadBytes, s.Reads, s.WrittenBytes, s.Writes = parseIOStat(text)
+	}
 	for _, resource := range []string{"cpu", "memory", "io"} {
 		if text, err := c.read(resource + ".pressure"); err == nil {
 			s.Pressure = append(s.Pressure, parsePressure(resource, text)...)
@@ -117,6 +129,29 @@ func parsePressure(resource, text string) []*api.Pressure {
 	return out
 }
 
+// parseIOStat sums up the devices of the kernel's io.stat:
+// "7:0 rbytes=4096 wbytes=0 rios=1 wios=0 dbytes=0 dios=0".
+func parseIOStat(text string) (readBytes, reads, writtenBytes, writes uint64) {
+	for f := range strings.FieldsSeq(text) {
+		k, v, _ := strings.Cut(f, "=")
+		n, err := strconv.ParseUint(v, 10, 64)
+		if err != nil {
+			continue
+		}
+		switch k {
+		case "rbytes":
+			readBytes += n
+		case "rios":
+			reads += n
+		case "wbytes":
+			writtenBytes += n
+		case "wios":
+			writes += n
+		}
+	}
+	return
+}
+
 // parseNetDev reads /proc/net/dev; lo is left out.
 func parseNetDev(text string) []*api.InterfaceStats {
 	var out []*api.InterfaceStats
@@ -132,8 +167,8 @@ func parseNetDev(text string) []*api.InterfaceStats {
 		}
 		out = append(out, &api.InterfaceStats{
 			Name:    name,
-			RxBytes: n(0), RxPackets: n(1), RxErrors: n(2),
-			TxBytes: n(8), TxPackets: n(9), TxErrors: n(10),
+			RxBytes: n(0), RxPackets: n(1), RxErrors: n(2), RxDropped: n(3),
+			TxBytes: n(8), TxPackets: n(9), TxErrors: n(10), TxDropped: n(11),
 		})
 	}
 	return out

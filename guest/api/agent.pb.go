@@ -2016,6 +2016,21 @@ type ContainerStats struct {
 	SwapAvailableBytes    uint64                 `protobuf:"varint,13,opt,name=swap_available_bytes,json=swapAvailableBytes,proto3" json:"swap_available_bytes,omitempty"`
 	Pressure              []*Pressure            `protobuf:"bytes,14,rep,name=pressure,proto3" json:"pressure,omitempty"`
 	OomKills              uint64                 `protobuf:"varint,15,opt,name=oom_kills,json=oomKills,proto3" json:"oom_kills,omitempty"`
+	CpuUserNanos          uint64                 `protobuf:"varint,16,opt,name=cpu_user_nanos,json=cpuUserNanos,proto3" json:"cpu_user_nanos,omitempty"`
+	CpuSystemNanos        uint64                 `protobuf:"varint,17,opt,name=cpu_system_nanos,json=cpuSystemNanos,proto3" json:"cpu_system_nanos,omitempty"`
+	CpuPeriods            uint64                 `protobuf:"varint,18,opt,name=cpu_periods,json=cpuPeriods,proto3" json:"cpu_periods,omitempty"` // of the bandwidth limit, if there is one
+	CpuThrottledPeriods   uint64                 `protobuf:"varint,19,opt,name=cpu_throttled_periods,json=cpuThrottledPeriods,proto3" json:"cpu_throttled_periods,omitempty"`
+	CpuThrottledNanos     uint64                 `protobuf:"varint,20,opt,name=cpu_throttled_nanos,json=cpuThrottledNanos,proto3" json:"cpu_throttled_nanos,omitempty"`
+	MemoryCacheBytes      uint64                 `protobuf:"varint,21,opt,name=memory_cache_bytes,json=memoryCacheBytes,proto3" json:"memory_cache_bytes,omitempty"`
+	MemoryMappedFileBytes uint64                 `protobuf:"varint,22,opt,name=memory_mapped_file_bytes,json=memoryMappedFileBytes,proto3" json:"memory_mapped_file_bytes,omitempty"`
+	MemoryMaxUsageBytes   uint64                 `protobuf:"varint,23,opt,name=memory_max_usage_bytes,json=memoryMaxUsageBytes,proto3" json:"memory_max_usage_bytes,omitempty"`
+	MemoryFailures        uint64                 `protobuf:"varint,24,opt,name=memory_failures,json=memoryFailures,proto3" json:"memory_failures,omitempty"` // how often usage was about to pass the limit
+	Processes             uint64                 `protobuf:"varint,25,opt,name=processes,proto3" json:"processes,omitempty"`                                 // pids counts threads, too
+	PidsMax               uint64                 `protobuf:"varint,26,opt,name=pids_max,json=pidsMax,proto3" json:"pids_max,omitempty"`                      // 0: no limit
+	ReadBytes             uint64                 `protobuf:"varint,27,opt,name=read_bytes,json=readBytes,proto3" json:"read_bytes,omitempty"`                // of block devices: the scratch disk and layers
+	Reads                 uint64                 `protobuf:"varint,28,opt,name=reads,proto3" json:"reads,omitempty"`
+	WrittenBytes          uint64                 `protobuf:"varint,29,opt,name=written_bytes,json=writtenBytes,proto3" json:"written_bytes,omitempty"`
+	Writes                uint64                 `protobuf:"varint,30,opt,name=writes,proto3" json:"writes,omitempty"`
 	unknownFields         protoimpl.UnknownFields
 	sizeCache             protoimpl.SizeCache
 }
@@ -2155,6 +2170,111 @@ func (x *ContainerStats) GetOomKills() uint64 {
 	return 0
 }
 
+func (x *ContainerStats) GetCpuUserNanos() uint64 {
+	if x != nil {
+		return x.CpuUserNanos
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetCpuSystemNanos() uint64 {
+	if x != nil {
+		return x.CpuSystemNanos
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetCpuPeriods() uint64 {
+	if x != nil {
+		return x.CpuPeriods
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetCpuThrottledPeriods() uint64 {
+	if x != nil {
+		return x.CpuThrottledPeriods
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetCpuThrottledNanos() uint64 {
+	if x != nil {
+		return x.CpuThrottledNanos
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetMemoryCacheBytes() uint64 {
+	if x != nil {
+		return x.MemoryCacheBytes
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetMemoryMappedFileBytes() uint64 {
+	if x != nil {
+		return x.MemoryMappedFileBytes
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetMemoryMaxUsageBytes() uint64 {
+	if x != nil {
+		return x.MemoryMaxUsageBytes
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetMemoryFailures() uint64 {
+	if x != nil {
+		return x.MemoryFailures
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetProcesses() uint64 {
+	if x != nil {
+		return x.Processes
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetPidsMax() uint64 {
+	if x != nil {
+		return x.PidsMax
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetReadBytes() uint64 {
+	if x != nil {
+		return x.ReadBytes
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetReads() uint64 {
+	if x != nil {
+		return x.Reads
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetWrittenBytes() uint64 {
+	if x != nil {
+		return x.WrittenBytes
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetWrites() uint64 {
+	if x != nil {
+		return x.Writes
+	}
+	return 0
+}
+
 type Pressure struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Resource      string                 `protobuf:"bytes,1,opt,name=resource,proto3" json:"resource,omitempty"` // cpu, memory, io
@@ -2248,6 +2368,8 @@ type InterfaceStats struct {
 	TxBytes       uint64                 `protobuf:"varint,5,opt,name=tx_bytes,json=txBytes,proto3" json:"tx_bytes,omitempty"`
 	TxErrors      uint64                 `protobuf:"varint,6,opt,name=tx_errors,json=txErrors,proto3" json:"tx_errors,omitempty"`
 	TxPackets     uint64                 `protobuf:"varint,7,opt,name=tx_packets,json=txPackets,proto3" json:"tx_packets,omitempty"`
+	RxDropped     uint64                 `protobuf:"varint,8,opt,name=rx_dropped,json=rxDropped,proto3" json:"rx_dropped,omitempty"`
+	TxDropped     uint64                 `protobuf:"varint,9,opt,name=tx_dropped,json=txDropped,proto3" json:"tx_dropped,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2327,6 +2449,20 @@ func (x *InterfaceStats) GetTxErrors() uint64 {
 func (x *InterfaceStats) GetTxPackets() uint64 {
 	if x != nil {
 		return x.TxPackets
+	}
+	return 0
+}
+
+func (x *InterfaceStats) GetRxDropped() uint64 {
+	if x != nil {
+		return x.RxDropped
+	}
+	return 0
+}
+
+func (x *InterfaceStats) GetTxDropped() uint64 {
+	if x != nil {
+		return x.TxDropped
 	}
 	return 0
 }
@@ -2633,7 +2769,7 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"\n" +
 	"interfaces\x18\x03 \x03(\v2\x1e.crivz.guest.v1.InterfaceStatsR\n" +
 	"interfaces\x120\n" +
-	"\x03pod\x18\x04 \x01(\v2\x1e.crivz.guest.v1.ContainerStatsR\x03pod\"\xef\x04\n" +
+	"\x03pod\x18\x04 \x01(\v2\x1e.crivz.guest.v1.ContainerStatsR\x03pod\"\xb4\t\n" +
 	"\x0eContainerStats\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12&\n" +
 	"\x0fcpu_usage_nanos\x18\x02 \x01(\x04R\rcpuUsageNanos\x12,\n" +
@@ -2651,7 +2787,24 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"\x10swap_usage_bytes\x18\f \x01(\x04R\x0eswapUsageBytes\x120\n" +
 	"\x14swap_available_bytes\x18\r \x01(\x04R\x12swapAvailableBytes\x124\n" +
 	"\bpressure\x18\x0e \x03(\v2\x18.crivz.guest.v1.PressureR\bpressure\x12\x1b\n" +
-	"\toom_kills\x18\x0f \x01(\x04R\boomKills\"\x9d\x01\n" +
+	"\toom_kills\x18\x0f \x01(\x04R\boomKills\x12$\n" +
+	"\x0ecpu_user_nanos\x18\x10 \x01(\x04R\fcpuUserNanos\x12(\n" +
+	"\x10cpu_system_nanos\x18\x11 \x01(\x04R\x0ecpuSystemNanos\x12\x1f\n" +
+	"\vcpu_periods\x18\x12 \x01(\x04R\n" +
+	"cpuPeriods\x122\n" +
+	"\x15cpu_throttled_periods\x18\x13 \x01(\x04R\x13cpuThrottledPeriods\x12.\n" +
+	"\x13cpu_throttled_nanos\x18\x14 \x01(\x04R\x11cpuThrottledNanos\x12,\n" +
+	"\x12memory_cache_bytes\x18\x15 \x01(\x04R\x10memoryCacheBytes\x127\n" +
+	"\x18memory_mapped_file_bytes\x18\x16 \x01(\x04R\x15memoryMappedFileBytes\x123\n" +
+	"\x16memory_max_usage_bytes\x18\x17 \x01(\x04R\x13memoryMaxUsageBytes\x12'\n" +
+	"\x0fmemory_failures\x18\x18 \x01(\x04R\x0ememoryFailures\x12\x1c\n" +
+	"\tprocesses\x18\x19 \x01(\x04R\tprocesses\x12\x19\n" +
+	"\bpids_max\x18\x1a \x01(\x04R\apidsMax\x12\x1d\n" +
+	"\n" +
+	"read_bytes\x18\x1b \x01(\x04R\treadBytes\x12\x14\n" +
+	"\x05reads\x18\x1c \x01(\x04R\x05reads\x12#\n" +
+	"\rwritten_bytes\x18\x1d \x01(\x04R\fwrittenBytes\x12\x16\n" +
+	"\x06writes\x18\x1e \x01(\x04R\x06writes\"\x9d\x01\n" +
 	"\bPressure\x12\x1a\n" +
 	"\bresource\x18\x01 \x01(\tR\bresource\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x14\n" +
@@ -2659,7 +2812,7 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"\x05avg60\x18\x04 \x01(\x01R\x05avg60\x12\x16\n" +
 	"\x06avg300\x18\x05 \x01(\x01R\x06avg300\x12\x1d\n" +
 	"\n" +
-	"total_usec\x18\x06 \x01(\x04R\ttotalUsec\"\xd2\x01\n" +
+	"total_usec\x18\x06 \x01(\x04R\ttotalUsec\"\x90\x02\n" +
 	"\x0eInterfaceStats\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x19\n" +
 	"\brx_bytes\x18\x02 \x01(\x04R\arxBytes\x12\x1b\n" +
@@ -2669,7 +2822,11 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"\btx_bytes\x18\x05 \x01(\x04R\atxBytes\x12\x1b\n" +
 	"\ttx_errors\x18\x06 \x01(\x04R\btxErrors\x12\x1d\n" +
 	"\n" +
-	"tx_packets\x18\a \x01(\x04R\ttxPackets\"0\n" +
+	"tx_packets\x18\a \x01(\x04R\ttxPackets\x12\x1d\n" +
+	"\n" +
+	"rx_dropped\x18\b \x01(\x04R\trxDropped\x12\x1d\n" +
+	"\n" +
+	"tx_dropped\x18\t \x01(\x04R\ttxDropped\"0\n" +
 	"\x0fSetClockRequest\x12\x1d\n" +
 	"\n" +
 	"unix_nanos\x18\x01 \x01(\x03R\tunixNanos\"\x12\n" +
