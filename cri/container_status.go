@@ -5,6 +5,7 @@ import (
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/cri-vz/cri-vz/sandbox"
 	shimapi "github.com/cri-vz/cri-vz/sandbox/shim/api"
 )
 
@@ -14,6 +15,16 @@ func (s *Server) ContainerStatus(_ context.Context, req *runtimeapi.ContainerSta
 	if err != nil {
 		return nil, err
 	}
+	resp := &runtimeapi.ContainerStatusResponse{Status: containerStatus(c)}
+	if req.GetVerbose() {
+		if resp.Info, err = verboseInfo(containerInfo{SandboxID: c.Pod().ID()}); err != nil {
+			return nil, err
+		}
+	}
+	return resp, nil
+}
+
+func containerStatus(c *sandbox.Container) *runtimeapi.ContainerStatus {
 	st, cfg := c.Status(), c.Config()
 	status := &runtimeapi.ContainerStatus{
 		Id:          c.ID(),
@@ -42,13 +53,7 @@ func (s *Server) ContainerStatus(_ context.Context, req *runtimeapi.ContainerSta
 		}
 		status.User = &runtimeapi.ContainerUser{Linux: user}
 	}
-	resp := &runtimeapi.ContainerStatusResponse{Status: status}
-	if req.GetVerbose() {
-		if resp.Info, err = verboseInfo(containerInfo{SandboxID: c.Pod().ID()}); err != nil {
-			return nil, err
-		}
-	}
-	return resp, nil
+	return status
 }
 
 func containerState(p shimapi.Phase) runtimeapi.ContainerState {

@@ -14,7 +14,22 @@ func (s *Server) PodSandboxStatus(_ context.Context, req *runtimeapi.PodSandboxS
 	if err != nil {
 		return nil, err
 	}
-	st, cfg := pod.Status(), pod.Config()
+	st := pod.Status()
+	resp := &runtimeapi.PodSandboxStatusResponse{Status: podSandboxStatus(pod, st)}
+	if req.GetVerbose() {
+		steps := make([]stepInfo, 0, len(st.Steps))
+		for _, step := range st.Steps {
+			steps = append(steps, stepInfo{Name: step.Name, Milliseconds: float64(step.Nanos) / 1e6})
+		}
+		if resp.Info, err = verboseInfo(podInfo{Reason: st.Reason, DiskError: st.DiskError, Console: pod.ConsolePath(), Steps: steps}); err != nil {
+			return nil, err
+		}
+	}
+	return resp, nil
+}
+
+func podSandboxStatus(pod *sandbox.Pod, st sandbox.PodStatus) *runtimeapi.PodSandboxStatus {
+	cfg := pod.Config()
 	status := &runtimeapi.PodSandboxStatus{
 		Id:             pod.ID(),
 		Metadata:       cfg.GetMetadata(),
@@ -38,17 +53,7 @@ func (s *Server) PodSandboxStatus(_ context.Context, req *runtimeapi.PodSandboxS
 			status.Network.AdditionalIps = append(status.Network.AdditionalIps, &runtimeapi.PodIP{Ip: ip.String()})
 		}
 	}
-	resp := &runtimeapi.PodSandboxStatusResponse{Status: status}
-	if req.GetVerbose() {
-		steps := make([]stepInfo, 0, len(st.Steps))
-		for _, step := range st.Steps {
-			steps = append(steps, stepInfo{Name: step.Name, Milliseconds: float64(step.Nanos) / 1e6})
-		}
-		if resp.Info, err = verboseInfo(podInfo{Reason: st.Reason, DiskError: st.DiskError, Console: pod.ConsolePath(), Steps: steps}); err != nil {
-			return nil, err
-		}
-	}
-	return resp, nil
+	return status
 }
 
 func podState(st sandbox.PodStatus) runtimeapi.PodSandboxState {

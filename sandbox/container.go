@@ -86,7 +86,9 @@ func (c *Container) update(s *shimapi.ContainerState) {
 // updateLocked never goes back: not to an older revision, and not from exited.
 func (c *Container) updateLocked(s *shimapi.ContainerState) {
 	if s != nil && s.GetRevision() >= c.state.GetRevision() && s.GetPhase() >= c.state.GetPhase() {
+		old := c.state
 		c.state = s
+		c.emitPhase(old, s)
 	}
 }
 
@@ -173,6 +175,7 @@ func (p *Pod) CreateContainer(ctx context.Context, cc CreateContainer) (_ *Conta
 		return nil, fmt.Errorf("pod sandbox %s was removed meanwhile: %w", p.id, errdefs.ErrFailedPrecondition)
 	}
 	p.ctrs[id] = c
+	p.pods.events.emit(runtimeapi.ContainerEventType_CONTAINER_CREATED_EVENT, p, id)
 	for _, cs := range p.state.GetContainers() {
 		if cs.GetId() == id {
 			c.updateLocked(cs)
@@ -356,6 +359,7 @@ func (c *Container) Remove(ctx context.Context) error {
 	c.pod.mu.Lock()
 	c.removed = true
 	delete(c.pod.ctrs, c.id)
+	c.pod.pods.events.emit(runtimeapi.ContainerEventType_CONTAINER_DELETED_EVENT, c.pod, c.id)
 	c.pod.mu.Unlock()
 	p := c.pod.pods
 	p.mu.Lock()

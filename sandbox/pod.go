@@ -41,6 +41,8 @@ type Pod struct {
 	reason   string        // why there is no shim
 	removed  bool
 	ctrs     map[string]*Container
+	// stoppedSaid: the sandbox's own stopped event is out.
+	stoppedSaid bool
 }
 
 func newPod(p *Pods, rec *podRecord) *Pod {
@@ -177,6 +179,9 @@ func (p *Pod) update(state *shimapi.PodState) {
 	p.changed = make(chan struct{})
 	pr := p.progress
 	p.mu.Unlock()
+	if state.GetVm() == shimapi.VM_GONE {
+		p.emitStopped()
+	}
 	if pr != nil {
 		pr.addShim(state.GetSteps())
 	}
@@ -250,6 +255,7 @@ func (p *Pod) shimLost(c *client, err error) {
 	}
 	settled()
 	p.settleContainers(reason)
+	p.emitStopped()
 }
 
 // settleContainers gives containers that nobody saw ending their end (T10): on
@@ -277,8 +283,9 @@ func (p *Pod) settleContainers(reason string) {
 			}
 		}
 		p.mu.Lock()
-		if c.state.GetPhase() != shimapi.Phase_EXITED {
+		if old := c.state; old.GetPhase() != shimapi.Phase_EXITED {
 			c.state = state
+			c.emitPhase(old, state)
 		}
 		p.mu.Unlock()
 	}
@@ -375,6 +382,7 @@ func (p *Pod) stop(ctx context.Context) error {
 	if err := p.pods.o.Network.TearDown(nctx, p.id); err != nil {
 		return fmt.Errorf("stop pod %s: its VM is gone, its network is not: %w", p.id, err)
 	}
+	p.emitStopped()
 	return p.setPhase(stopped)
 }
 
@@ -434,6 +442,8 @@ func (p *Pods) forget(pod *Pod) {
 		if c.pod == pod {
 			delete(p.containers, id)
 			delete(p.ctrNames, containerKey(pod.id, c.rec.config.GetMetadata()))
+			p.events.emit(runtimeapi.ContainerEventType_CONTAINER_DELETED_EVENT, pod, id)
 		}
 	}
+	p.events.emit(runtimeapi.ContainerEventType_CONTAINER_DELETED_EVENT, pod, pod.id)
 }

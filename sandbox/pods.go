@@ -31,6 +31,7 @@ type Pods struct {
 	// closing is closed by Close: what ends then is not the pods' own end.
 	closing chan struct{}
 	tasks   sync.WaitGroup
+	events  events
 
 	mu         sync.Mutex
 	closed     bool

@@ -161,6 +161,8 @@ func (p *Pods) start(ctx context.Context, pod *Pod, memory int64) (err error) {
 	p.pods[pod.id] = pod
 	closed := p.closed
 	p.mu.Unlock()
+	p.events.emit(runtimeapi.ContainerEventType_CONTAINER_CREATED_EVENT, pod, pod.id)
+	p.events.emit(runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT, pod, pod.id)
 	if closed {
 		// The daemon ends just now, but the pod is there for the next one. Close
 		// didn't know its shim and waits for whoever follows it.
