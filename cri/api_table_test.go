@@ -254,9 +254,15 @@ var messages = []message{
 	}, accepted: []meaning{{"annotations", "none: the CRI knows no key"}}},
 	{name: "ReopenContainerLogRequest", honoured: "container_id"},
 	{name: "ExecSyncRequest", honoured: "container_id cmd timeout"},
-	{name: "ExecRequest", honoured: "container_id cmd tty stdin stdout stderr"},
-	{name: "AttachRequest", honoured: "container_id stdin tty stdout stderr"},
-	{name: "PortForwardRequest", honoured: "pod_sandbox_id", accepted: []meaning{{"port", "none: the stream says which ports, as the kubelet's do"}}},
+	{name: "ExecRequest", honoured: "container_id cmd tty stdin stdout stderr", refused: []refusal{
+		{field: "stderr: with tty", reason: noTTYStderr},
+		{field: "stdin: none of it, stdout and stderr", reason: noStreams},
+	}},
+	{name: "AttachRequest", honoured: "container_id stdin tty stdout stderr", refused: []refusal{
+		{field: "stderr: with tty", reason: noTTYStderr},
+		{field: "stdin: none of it, stdout and stderr", reason: noStreams},
+	}},
+	{name: "PortForwardRequest", honoured: "pod_sandbox_id", accepted: []meaning{{"port", "what the WebSocket protocols without a tunnel forward; otherwise the stream says which ports, as the kubelet's do"}}},
 	{name: "ContainerStatsRequest", honoured: "container_id"},
 	{name: "ListContainerStatsRequest", honoured: "filter"},
 	{name: "ContainerStatsFilter", honoured: "id pod_sandbox_id label_selector"},
@@ -283,11 +289,13 @@ var messages = []message{
 }
 
 const (
-	noUserns   = "user namespaces are not offered; `Status` says so"
-	noSELinux  = "the guest's kernel enforces no SELinux policy"
-	noAppArmor = "the guest's kernel enforces no AppArmor profile"
-	noDevice   = "a device of the node can't be given to a pod's VM"
-	noPause    = "none: a sandbox has no process of its own (no pause container)"
+	noUserns    = "user namespaces are not offered; `Status` says so"
+	noSELinux   = "the guest's kernel enforces no SELinux policy"
+	noAppArmor  = "the guest's kernel enforces no AppArmor profile"
+	noDevice    = "a device of the node can't be given to a pod's VM"
+	noTTYStderr = "a terminal has one output"
+	noStreams   = "there would be nothing to connect to"
+	noPause     = "none: a sandbox has no process of its own (no pause container)"
 )
 
 func sandboxSecurity(edit func(*runtimeapi.LinuxSandboxSecurityContext)) func(*runtimeapi.PodSandboxConfig) {

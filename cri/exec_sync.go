@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sync/errgroup"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	guestapi "github.com/cri-vz/cri-vz/guest/api"
@@ -79,9 +78,12 @@ func (s *Server) exec(ctx context.Context, id string, req *guestapi.ExecRequest,
 	}
 	defer p.Close()
 	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 
-	var outputs errgroup.Group
+	var outputs outputs
+	// Nothing is written for the client when exec has returned, unless a write to
+	// it hangs: that ends with the client's connection, which the caller closes.
+	defer outputs.settle()
+	defer cancel()
 	open := func(k guestapi.Kind) (*guestapi.Stream, error) {
 		st, err := p.Stream(ctx, k)
 		if err == nil {
@@ -90,13 +92,10 @@ func (s *Server) exec(ctx context.Context, id string, req *guestapi.ExecRequest,
 		}
 		return st, err
 	}
-	output := func(st io.Reader, to io.Writer) {
-		outputs.Go(func() error { _, err := io.Copy(to, st); return err })
-	}
 	input := func(st *guestapi.Stream) {
 		// Not waited for: a client may keep its stdin open after the process ended.
 		go func() {
-			if _, err := io.Copy(st, stdio.in); err != nil {
+			if err := send(st, stdio.in); err != nil {
 				st.Reset("client vanished")
 				return
 			}
@@ -108,11 +107,7 @@ func (s *Server) exec(ctx context.Context, id string, req *guestapi.ExecRequest,
 		if err != nil {
 			return 0, err
 		}
-		if stdio.out != nil {
-			output(st, stdio.out)
-		} else {
-			output(st, io.Discard)
-		}
+		outputs.copy(stdio.out, st)
 		if stdio.in != nil {
 			input(st)
 		}
@@ -128,10 +123,7 @@ func (s *Server) exec(ctx context.Context, id string, req *guestapi.ExecRequest,
 			if err != nil {
 				return 0, err
 			}
-			if o.to == nil {
-				o.to = io.Discard
-			}
-			output(st, o.to)
+			outputs.copy(o.to, st)
 		}
 		if stdio.in != nil {
 			st, err := open(guestapi.Stdin)
@@ -145,7 +137,7 @@ func (s *Server) exec(ctx context.Context, id string, req *guestapi.ExecRequest,
 	if err != nil {
 		return 0, err
 	}
-	return code, outputEnd(ctx, id, outputs.Wait())
+	return code, outputEnd(ctx, id, outputs.wait())
 }
 
 // outputEnd says why an exec's output is not whole, if it isn't: it must not pass

@@ -36,6 +36,16 @@ func (w execWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// resize tells the newest size; one that nobody has taken yet is out of date.
+// It has one caller at a time.
+func (e *execSession) resize(m *nodeapi.ExecRequest) {
+	select {
+	case <-e.sizes:
+	default:
+	}
+	e.sizes <- [2]uint16{uint16(m.GetWidth()), uint16(m.GetHeight())}
+}
+
 // receive hands the client's messages on until it is gone.
 func (e *execSession) receive(stdin *io.PipeWriter) {
 	defer close(e.sizes)
@@ -49,10 +59,7 @@ func (e *execSession) receive(stdin *io.PipeWriter) {
 			return
 		}
 		if m.GetWidth() > 0 && m.GetHeight() > 0 {
-			select {
-			case e.sizes <- [2]uint16{uint16(m.GetWidth()), uint16(m.GetHeight())}:
-			default: // a newer size will come
-			}
+			e.resize(m)
 		}
 		if len(m.GetData()) > 0 {
 			if _, err := stdin.Write(m.GetData()); err != nil {
@@ -77,11 +84,11 @@ func (s *Server) ExecStream(stream nodeapi.Node_ExecStreamServer) error {
 	if err := s.checkRunning(first.GetContainerId()); err != nil {
 		return err
 	}
-	e := &execSession{stream: stream, sizes: make(chan [2]uint16, 8)}
+	e := &execSession{stream: stream, sizes: make(chan [2]uint16, 1)}
 	r, w := io.Pipe()
 	defer r.Close() // frees receive when the command ends first
 	if first.GetWidth() > 0 && first.GetHeight() > 0 {
-		e.sizes <- [2]uint16{uint16(first.GetWidth()), uint16(first.GetHeight())}
+		e.resize(first)
 	}
 	go e.receive(w)
 	stdio := execIO{
@@ -96,6 +103,9 @@ func (s *Server) ExecStream(stream nodeapi.Node_ExecStreamServer) error {
 	}
 	if first.GetStdin() {
 		stdio.in = r
+		if first.GetTty() {
+			stdio.in = readAhead(stream.Context(), r)
+		}
 	}
 	code, err := s.exec(stream.Context(), first.GetContainerId(), &guestapi.ExecRequest{
 		Args: first.GetCmd(), Width: first.GetWidth(), Height: first.GetHeight(),

@@ -18,7 +18,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/keepalive"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
-	"k8s.io/cri-streaming/pkg/streaming"
 	"k8s.io/klog/v2"
 
 	nodeapi "github.com/cri-vz/cri-vz/cri/api"
@@ -60,11 +59,9 @@ type Server struct {
 	nodeapi.UnimplementedNodeServer
 
 	Options
-	streams   streaming.Server
-	streamsHT *http.Server
-	streamsLn net.Listener
-	grpc      *grpc.Server
-	rates     cpuRates
+	streams *streamServer
+	grpc    *grpc.Server
+	rates   cpuRates
 }
 
 const (
@@ -80,7 +77,8 @@ const (
 // New makes the server and opens the streaming listener.
 func New(o Options) (*Server, error) {
 	s := &Server{Options: o}
-	if err := s.listenStreams(); err != nil {
+	var err error
+	if s.streams, err = newStreamServer(s.StreamAddress, streamRuntime{s}); err != nil {
 		return nil, err
 	}
 	s.grpc = grpc.NewServer(
@@ -103,8 +101,8 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	errs := make(chan error, 2)
 	go func() { errs <- s.grpc.Serve(l) }()
 	go func() {
-		if err := s.streamsHT.Serve(s.streamsLn); !errors.Is(err, http.ErrServerClosed) {
-			errs <- fmt.Errorf("streaming server on %s: %w", s.streamsLn.Addr(), err)
+		if err := s.streams.http.Serve(s.streams.ln); !errors.Is(err, http.ErrServerClosed) {
+			errs <- fmt.Errorf("streaming server on %s: %w", s.streams.ln.Addr(), err)
 		}
 	}()
 	var err error
@@ -119,7 +117,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	case <-time.After(2 * time.Second): // an ExecSync or a watch may last for hours
 		s.grpc.Stop()
 	}
-	if cerr := s.streamsHT.Close(); cerr != nil {
+	if cerr := s.streams.http.Close(); cerr != nil {
 		klog.ErrorS(cerr, "Close the streaming server")
 	}
 	return err

@@ -28,7 +28,7 @@ func (s *Server) Status(ctx context.Context, req *runtimeapi.StatusRequest) (*ru
 	}
 	if req.GetVerbose() {
 		info, err := json.Marshal(nodeInfo{
-			Version: s.Options.Version, Streaming: s.streamsLn.Addr().String(), LogRoot: s.LogRoot,
+			Version: s.Options.Version, Streaming: s.streams.ln.Addr().String(), LogRoot: s.LogRoot,
 		})
 		if err != nil {
 			return nil, err

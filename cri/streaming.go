@@ -4,16 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"net"
-	"net/http"
-	"net/url"
-	"time"
-
 	"github.com/containerd/errdefs"
+	"io"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
-	"k8s.io/cri-streaming/pkg/streaming"
-	"k8s.io/cri-streaming/pkg/streaming/portforward"
 	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
 	utilexec "k8s.io/utils/exec"
 
@@ -21,53 +14,37 @@ import (
 	shimapi "github.com/cri-vz/cri-vz/sandbox/shim/api"
 )
 
-// listenStreams opens the streaming server's port: loopback only, because its
-// URLs carry one-use tokens over plain HTTP.
-func (s *Server) listenStreams() error {
-	host, _, err := net.SplitHostPort(s.StreamAddress)
-	if err != nil {
-		return fmt.Errorf("streaming address %q: %w", s.StreamAddress, err)
-	}
-	if ip := net.ParseIP(host); ip == nil || !ip.IsLoopback() {
-		return fmt.Errorf("streaming address %q: the host must be a loopback address such as 127.0.0.1: %w", s.StreamAddress, errdefs.ErrInvalidArgument)
-	}
-	if s.streamsLn, err = net.Listen("tcp", s.StreamAddress); err != nil {
-		return fmt.Errorf("streaming server: %w", err)
-	}
-	addr := s.streamsLn.Addr().String()
-	s.streams, err = streaming.NewServer(streaming.Config{
-		Addr:                            addr,
-		BaseURL:                         &url.URL{Scheme: "http", Host: addr},
-		StreamIdleTimeout:               4 * time.Hour, // the kubelet's own default
-		StreamCreationTimeout:           30 * time.Second,
-		SupportedRemoteCommandProtocols: remotecommand.SupportedStreamingProtocols,
-		SupportedPortForwardProtocols:   portforward.SupportedProtocols,
-	}, streamRuntime{s})
-	if err != nil {
-		s.streamsLn.Close()
-		return fmt.Errorf("streaming server: %w", err)
-	}
-	s.streamsHT = &http.Server{Handler: s.streams, ReadHeaderTimeout: 10 * time.Second}
-	return nil
-}
-
 // Exec implements the CRI call of that name: it answers with a one-use URL.
 func (s *Server) Exec(_ context.Context, req *runtimeapi.ExecRequest) (*runtimeapi.ExecResponse, error) {
 	if len(req.GetCmd()) == 0 {
 		return nil, refuse("cmd", "is empty")
 	}
+	if err := checkStreams(req); err != nil {
+		return nil, err
+	}
 	if err := s.checkRunning(req.GetContainerId()); err != nil {
 		return nil, err
 	}
-	return s.streams.GetExec(req)
+	u, err := s.streams.url("exec", req)
+	if err != nil {
+		return nil, err
+	}
+	return &runtimeapi.ExecResponse{Url: u}, nil
 }
 
 // Attach implements the CRI call of that name: it answers with a one-use URL.
 func (s *Server) Attach(_ context.Context, req *runtimeapi.AttachRequest) (*runtimeapi.AttachResponse, error) {
+	if err := checkStreams(req); err != nil {
+		return nil, err
+	}
 	if err := s.checkRunning(req.GetContainerId()); err != nil {
 		return nil, err
 	}
-	return s.streams.GetAttach(req)
+	u, err := s.streams.url("attach", req)
+	if err != nil {
+		return nil, err
+	}
+	return &runtimeapi.AttachResponse{Url: u}, nil
 }
 
 // PortForward implements the CRI call of that name: it answers with a one-use URL.
@@ -79,7 +56,27 @@ func (s *Server) PortForward(_ context.Context, req *runtimeapi.PortForwardReque
 	if !pod.Status().Ready {
 		return nil, fmt.Errorf("pod sandbox %s is not ready: %w", pod.ID(), errdefs.ErrFailedPrecondition)
 	}
-	return s.streams.GetPortForward(req)
+	u, err := s.streams.url("portforward", req)
+	if err != nil {
+		return nil, err
+	}
+	return &runtimeapi.PortForwardResponse{Url: u}, nil
+}
+
+// checkStreams refuses what no client could connect to.
+func checkStreams(req interface {
+	GetStdin() bool
+	GetStdout() bool
+	GetStderr() bool
+	GetTty() bool
+}) error {
+	switch {
+	case req.GetTty() && req.GetStderr():
+		return refuse("stderr", "a terminal has one output, which is stdout")
+	case !req.GetStdin() && !req.GetStdout() && !req.GetStderr():
+		return refuse("stdin, stdout, stderr", "at least one is needed")
+	}
+	return nil
 }
 
 func (s *Server) checkRunning(id string) error {
@@ -93,19 +90,17 @@ func (s *Server) checkRunning(id string) error {
 	return nil
 }
 
-// streamRuntime carries out what a one-use URL was made for.
+// streamRuntime carries out what a one-use URL was made for. Contexts end when
+// the client is gone.
 type streamRuntime struct{ s *Server }
 
-func (r streamRuntime) Exec(ctx context.Context, id string, cmd []string, in io.Reader, out, errw io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize) error {
-	// A terminal whose client is gone is hung up. The HTTP connection was taken
-	// over, so its context says nothing; the end of the size updates does.
-	ctx, hangUp := context.WithCancel(ctx)
-	defer hangUp()
-	sizes := resizeFrom(ctx, resize)
-	stdio := execIO{in: in, tty: tty, resize: func(set func(w, h uint16)) {
-		sizes(set)
-		hangUp()
-	}}
+// Exec runs a process to its end. One whose client is gone is killed: nobody is
+// there to read what it writes.
+func (r streamRuntime) Exec(ctx context.Context, id string, cmd []string, in io.Reader, out, errw io.WriteCloser, tty bool, sizes <-chan remotecommand.TerminalSize) error {
+	stdio := execIO{in: in, tty: tty, resize: resizeFrom(ctx, sizes)}
+	if in != nil && tty {
+		stdio.in = readAhead(ctx, in)
+	}
 	if out != nil {
 		stdio.out = out
 	}
@@ -138,7 +133,8 @@ func resizeFrom(ctx context.Context, sizes <-chan remotecommand.TerminalSize) fu
 	}
 }
 
-func (r streamRuntime) Attach(ctx context.Context, id string, in io.Reader, out, errw io.WriteCloser, _ bool, resize <-chan remotecommand.TerminalSize) error {
+// Attach connects a client to a running container until either ends.
+func (r streamRuntime) Attach(ctx context.Context, id string, in io.Reader, out, errw io.WriteCloser, resize <-chan remotecommand.TerminalSize) error {
 	c, err := r.s.Pods.Container(id)
 	if err != nil {
 		return err
@@ -171,12 +167,9 @@ func (r streamRuntime) Attach(ctx context.Context, id string, in io.Reader, out,
 		}
 		if in != nil {
 			// The end of one client's input is not the terminal's.
-			go func() { _, _ = io.Copy(st, in) }()
+			go send(st, readAhead(ctx, in))
 		}
-		go func() {
-			resizeFrom(ctx, resize)(func(w, h uint16) { _ = c.Resize(ctx, uint32(w), uint32(h)) })
-			cancel() // the client is gone
-		}()
+		go resizeFrom(ctx, resize)(func(w, h uint16) { _ = c.Resize(ctx, uint32(w), uint32(h)) })
 	} else {
 		for _, o := range []struct {
 			kind guestapi.Kind
@@ -226,13 +219,23 @@ func (r streamRuntime) Attach(ctx context.Context, id string, in io.Reader, out,
 // silent: a stream that is closed before that loses what is on its way.
 func feed(st *guestapi.Stream, in io.Reader) {
 	go func() {
-		if _, err := io.Copy(st, in); err != nil {
+		if err := send(st, in); err != nil {
 			st.Close()
 			return
 		}
 		_ = st.CloseWrite()
 	}()
 	_, _ = io.Copy(io.Discard, st)
+}
+
+// send copies a client's input to the guest. What the guest doesn't take any
+// more is dropped, so that it doesn't hold up the client's other streams.
+func send(st *guestapi.Stream, in io.Reader) error {
+	_, err := io.Copy(st, onlyReader{in})
+	if err != nil {
+		_, _ = io.Copy(io.Discard, onlyReader{in})
+	}
+	return err
 }
 
 func (r streamRuntime) PortForward(ctx context.Context, id string, port int32, client io.ReadWriteCloser) error {

@@ -1,0 +1,13 @@
+package cri
+
+import (
+	"net"
+
+	"golang.org/x/sys/unix"
+)
+
+// hungUp reports whether the peer of a connection has closed it, also while bytes
+// of it are unread.
+func hungUp(c net.Conn) bool { return polled(c, unix.POLLRDHUP) }
+
+const hangUpEvents = unix.POLLHUP | unix.POLLRDHUP | unix.POLLERR | unix.POLLNVAL
