@@ -90,8 +90,7 @@ func (s *Server) checkRunning(id string) error {
 	return nil
 }
 
-// streamRuntime carries out what a one-use URL was made for. Contexts end when
-// the client is gone.
+// streamRuntime is the streamer of the node's pods.
 type streamRuntime struct{ s *Server }
 
 // Exec runs a process to its end. One whose client is gone is killed: nobody is
@@ -167,7 +166,7 @@ func (r streamRuntime) Attach(ctx context.Context, id string, in io.Reader, out,
 		}
 		if in != nil {
 			// The end of one client's input is not the terminal's.
-			go send(st, readAhead(ctx, in))
+			go func() { _ = send(st, readAhead(ctx, in)) }()
 		}
 		go resizeFrom(ctx, resize)(func(w, h uint16) { _ = c.Resize(ctx, uint32(w), uint32(h)) })
 	} else {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -63,13 +64,7 @@ func (t *tokens) give(request any) (string, error) {
 	if t.open == nil {
 		t.open = make(map[string]token)
 	}
-	if len(t.open) >= maxTokens {
-		for k, v := range t.open {
-			if now.After(v.until) {
-				delete(t.open, k)
-			}
-		}
-	}
+	maps.DeleteFunc(t.open, func(_ string, old token) bool { return now.After(old.until) })
 	if len(t.open) >= maxTokens {
 		return "", fmt.Errorf("%d streaming URLs were asked for and not used yet; they expire after %v: %w", maxTokens, t.life, errdefs.ErrResourceExhausted)
 	}
@@ -91,11 +86,19 @@ func take[R any](t *tokens, name string) (request R, ok bool) {
 	return request, ok
 }
 
+// streamer carries out what a one-use URL was made for. Contexts end when the
+// client is gone; writes to it that hang end when the call has returned.
+type streamer interface {
+	Exec(ctx context.Context, container string, cmd []string, in io.Reader, out, errw io.WriteCloser, tty bool, sizes <-chan remotecommand.TerminalSize) error
+	Attach(ctx context.Context, container string, in io.Reader, out, errw io.WriteCloser, sizes <-chan remotecommand.TerminalSize) error
+	PortForward(ctx context.Context, pod string, port int32, client io.ReadWriteCloser) error
+}
+
 // streamServer is the HTTP server that carries exec, attach and port-forward
 // streams over SPDY, as the kubelet's proxy and older clients speak it, and over
 // WebSocket.
 type streamServer struct {
-	runtime streamRuntime
+	runtime streamer
 	tokens  tokens
 	http    *http.Server
 	ln      net.Listener
@@ -103,7 +106,7 @@ type streamServer struct {
 
 // newStreamServer opens the streaming server's port: loopback only, because its
 // URLs carry one-use tokens over plain HTTP.
-func newStreamServer(address string, r streamRuntime) (*streamServer, error) {
+func newStreamServer(address string, r streamer) (*streamServer, error) {
 	host, _, err := net.SplitHostPort(address)
 	if err != nil {
 		return nil, fmt.Errorf("streaming address %q: %w", address, err)
@@ -159,7 +162,7 @@ func (s *streamServer) exec(w http.ResponseWriter, r *http.Request, req *runtime
 		})
 		return
 	}
-	remotecommand.ServeExec(w, r, s.runtime, "", "", req.GetContainerId(), req.GetCmd(), opts, streamIdle, streamCreation, remotecommand.SupportedStreamingProtocols)
+	remotecommand.ServeExec(w, r, spdyStreamer{s.runtime}, "", "", req.GetContainerId(), req.GetCmd(), opts, streamIdle, streamCreation, remotecommand.SupportedStreamingProtocols)
 }
 
 func (s *streamServer) attach(w http.ResponseWriter, r *http.Request, req *runtimeapi.AttachRequest) {
@@ -170,7 +173,7 @@ func (s *streamServer) attach(w http.ResponseWriter, r *http.Request, req *runti
 		})
 		return
 	}
-	remotecommand.ServeAttach(w, r, s.runtime, "", "", req.GetContainerId(), opts, streamIdle, streamCreation, remotecommand.SupportedStreamingProtocols)
+	remotecommand.ServeAttach(w, r, spdyStreamer{s.runtime}, "", "", req.GetContainerId(), opts, streamIdle, streamCreation, remotecommand.SupportedStreamingProtocols)
 }
 
 func (s *streamServer) portForward(w http.ResponseWriter, r *http.Request, req *runtimeapi.PortForwardRequest) {
@@ -192,19 +195,21 @@ func (s *streamServer) portForward(w http.ResponseWriter, r *http.Request, req *
 // the protocol's own handler gives them no context that ends.
 type sessionForwarder struct {
 	ctx     context.Context
-	runtime streamRuntime
+	runtime streamer
 }
 
 func (f sessionForwarder) PortForward(_ context.Context, pod, _ string, port int32, client io.ReadWriteCloser) error {
 	return f.runtime.PortForward(f.ctx, pod, port, client)
 }
 
-// ExecInContainer and AttachContainer are what the SPDY handlers call.
-func (r streamRuntime) ExecInContainer(ctx context.Context, _, _, container string, cmd []string, in io.Reader, out, errw io.WriteCloser, tty bool, sizes <-chan remotecommand.TerminalSize, _ time.Duration) error {
+// spdyStreamer is a streamer as the SPDY handlers call it.
+type spdyStreamer struct{ streamer }
+
+func (r spdyStreamer) ExecInContainer(ctx context.Context, _, _, container string, cmd []string, in io.Reader, out, errw io.WriteCloser, tty bool, sizes <-chan remotecommand.TerminalSize, _ time.Duration) error {
 	return r.Exec(ctx, container, cmd, in, out, errw, tty, sizes)
 }
 
-func (r streamRuntime) AttachContainer(ctx context.Context, _, _, container string, in io.Reader, out, errw io.WriteCloser, _ bool, sizes <-chan remotecommand.TerminalSize) error {
+func (r spdyStreamer) AttachContainer(ctx context.Context, _, _, container string, in io.Reader, out, errw io.WriteCloser, _ bool, sizes <-chan remotecommand.TerminalSize) error {
 	return r.Attach(ctx, container, in, out, errw, sizes)
 }
 
@@ -269,7 +274,8 @@ func (c *watchedConn) Write(p []byte) (int, error) {
 }
 
 // watch looks for a hang-up that no Read can see, because nobody reads while a
-// process doesn't take its input.
+// process doesn't take its input. A client with more of it than the kernel's
+// buffers hold hangs up behind that: its kernel gives up after some minutes.
 func (c *watchedConn) watch(ctx context.Context) {
 	t := time.NewTicker(goneCheck)
 	defer t.Stop()

@@ -208,6 +208,10 @@ func (t *tunnel) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 // a client need not give.
 type tunnelConn struct{ *websocket.Conn }
 
+// Close never fails: SPDY would wait for somebody to hear of it, and a client that
+// is gone takes no farewell.
+func (c tunnelConn) Close() error { _ = c.Conn.Close(); return nil }
+
 func (tunnelConn) LocalAddr() net.Addr  { return tunnelAddr{} }
 func (tunnelConn) RemoteAddr() net.Addr { return tunnelAddr{} }
 

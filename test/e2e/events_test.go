@@ -151,11 +151,11 @@ func TestStreamLists(t *testing.T) {
 	if got := collect(t, none.Recv, (*runtimeapi.StreamContainersResponse).GetContainers); len(got) != 0 {
 		t.Errorf("containers %v", got)
 	}
-	images, err := p.ListImages(ctx, &runtimeapi.ListImagesRequest{})
+	images, err := suite.node.images.ListImages(ctx, &runtimeapi.ListImagesRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	is, err := p.StreamImages(ctx, &runtimeapi.StreamImagesRequest{})
+	is, err := suite.node.images.StreamImages(ctx, &runtimeapi.StreamImagesRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -5,6 +5,7 @@ import (
 	"os"
 	"strconv"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -13,6 +14,7 @@ import (
 func init() {
 	commands["poweroff"], commands["sethostname"], commands["bridge"] = poweroff, setHostname, bridge
 	commands["chmod"], commands["rawsocket"], commands["winsize"] = chmod, rawSocket, winsize
+	commands["window"], commands["tty"] = window, tty
 }
 
 func syscallMount(source, target, fstype string) error {
@@ -80,5 +82,43 @@ func winsize([]string) (int, error) {
 		return 1, err
 	}
 	fmt.Println(ws.Col, ws.Row)
+	return 0, nil
+}
+
+// window COLUMNSxROWS waits for its terminal to have that size.
+func window(args []string) (int, error) {
+	if len(args) != 1 {
+		return 2, errUsage
+	}
+	for range 100 {
+		ws, err := unix.IoctlGetWinsize(int(os.Stdin.Fd()), unix.TIOCGWINSZ)
+		if err != nil {
+			return 1, err
+		}
+		if fmt.Sprintf("%dx%d", ws.Col, ws.Row) == args[0] {
+			return 0, nil
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	return 1, fmt.Errorf("the window never was %s", args[0])
+}
+
+// tty tells its terminal's name, if the name is that terminal's.
+func tty([]string) (int, error) {
+	name, err := os.Readlink("/proc/self/fd/0")
+	if err != nil {
+		return 1, err
+	}
+	var own, named unix.Stat_t
+	if err := unix.Fstat(0, &own); err != nil {
+		return 1, err
+	}
+	if err := unix.Stat(name, &named); err != nil {
+		return 1, err
+	}
+	if own.Rdev != named.Rdev || own.Ino != named.Ino || own.Dev != named.Dev {
+		return 1, fmt.Errorf("%s is another terminal", name)
+	}
+	fmt.Println(name)
 	return 0, nil
 }
