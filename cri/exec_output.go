@@ -28,10 +28,11 @@ const (
 // errDrain is how the output of a guest ends that doesn't end it.
 var errDrain = errors.New("the process has ended, its output doesn't")
 
-// outputs are the copies of a process's output to its client. The zero value is
-// ready. A guest may be hostile: outputs end, whatever it does.
+// outputs are the copies of a process's output to its client. A guest may be
+// hostile: outputs end, whatever it does.
 type outputs struct {
-	copies errgroup.Group
+	patience time.Duration // drainTime
+	copies   errgroup.Group
 
 	mu      sync.Mutex
 	ended   bool // the process has
@@ -51,7 +52,7 @@ func (o *outputs) copy(to io.Writer, from *guestapi.Stream) {
 
 func (o *outputs) run(to io.Writer, from *guestapi.Stream) error {
 	buf := make([]byte, guestapi.MaxFrame)
-	patience, left := drainTime, drainBytes
+	patience, left := o.patience, drainBytes
 	for {
 		ended := o.arm(from, patience)
 		start := time.Now()
@@ -69,7 +70,7 @@ func (o *outputs) run(to io.Writer, from *guestapi.Stream) error {
 		case errors.Is(err, io.EOF):
 			return nil
 		case errors.Is(err, os.ErrDeadlineExceeded), ended && (patience <= 0 || left <= 0):
-			return fmt.Errorf("%w: after %v more, or %d MiB", errDrain, drainTime, drainBytes>>20)
+			return fmt.Errorf("%w: after %v more, or %d MiB", errDrain, o.patience, drainBytes>>20)
 		case err != nil:
 			return err
 		}
@@ -91,7 +92,7 @@ func (o *outputs) wait() error {
 	o.mu.Lock()
 	o.ended = true
 	for _, s := range o.streams {
-		_ = s.Conn().SetReadDeadline(time.Now().Add(drainTime))
+		_ = s.Conn().SetReadDeadline(time.Now().Add(o.patience))
 	}
 	o.mu.Unlock()
 	return o.copies.Wait()

@@ -79,7 +79,7 @@ func (s *Server) exec(ctx context.Context, id string, req *guestapi.ExecRequest,
 	defer p.Close()
 	ctx, cancel := context.WithCancel(ctx)
 
-	var outputs outputs
+	outputs := outputs{patience: drainTime}
 	// Nothing is written for the client when exec has returned, unless a write to
 	// it hangs: that ends with the client's connection, which the caller closes.
 	defer outputs.settle()
