@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
@@ -85,13 +86,14 @@ func TestUpdateContainerResources(t *testing.T) {
 	check(now, "max", "max 100000", "200")
 
 	t.Run("before its start", func(t *testing.T) {
-		id := p.create(t, "created", asRoot, freshLog, command("/bin/cat", "/sys/fs/cgroup/memory.max", "/proc/self/oom_score_adj"))
-		if err := p.update(t, id, &resources{MemoryLimitInBytes: 48 << 20, OomScoreAdj: 77}); err != nil {
+		id := p.create(t, "created", asRoot, freshLog, command("/bin/cat", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.low", "/sys/fs/cgroup/pids.max", "/proc/self/oom_score_adj"),
+			limits(&resources{Unified: map[string]string{"memory.low": "4194304", "pids.max": "77"}}))
+		if err := p.update(t, id, &resources{MemoryLimitInBytes: 48 << 20, OomScoreAdj: 55, Unified: map[string]string{"pids.max": "88"}}); err != nil {
 			t.Fatal(err)
 		}
 		p.startContainer(t, id)
 		st := p.waitExit(t, id, callTimeout)
-		if got := readLog(t, st.GetLogPath()).stdout; got != "50331648\n77\n" {
+		if got := readLog(t, st.GetLogPath()).stdout; got != "50331648\n4194304\n88\n55\n" {
 			t.Errorf("it ran with %q", got)
 		}
 		wantError(t, p.update(t, id, &resources{MemoryLimitInBytes: 64 << 20}), codes.FailedPrecondition, "has ended")
@@ -265,4 +267,63 @@ func TestCpusetsAndScoresOnTheHost(t *testing.T) {
 	check("after a restart of the daemon", true, "100")
 	p.removeContainer(t, id)
 	check("removed", false, "900")
+}
+
+// T4: a pod that the host's memory can't hold is refused before anything of it
+// is made.
+func TestAdmission(t *testing.T) {
+	cfg := podConfig(suite.node, "huge")
+	cfg.Linux.Resources = &resources{MemoryLimitInBytes: 8 << 40}
+	began := time.Now()
+	_, err := suite.node.RunPodSandbox(timeout(t, callTimeout), &runtimeapi.RunPodSandboxRequest{Config: cfg})
+	wantError(t, err, codes.ResourceExhausted, "MiB available")
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("it took %v", took)
+	}
+}
+
+// T4: the balloon reports free pages from boot, so what containers no longer use
+// is the host's again.
+func TestFreedMemoryIsTheHosts(t *testing.T) {
+	cfg := podConfig(suite.node, "frees")
+	cfg.Linux.Resources = &resources{MemoryLimitInBytes: 512 << 20}
+	p := newPod(t, cfg)
+	held := func() (mib int) {
+		for _, proc := range processes() {
+			if !strings.HasPrefix(proc.Name, "qemu-system") || !strings.Contains(proc.Command, p.id) {
+				continue
+			}
+			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", proc.PID))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for line := range strings.Lines(string(b)) {
+				if rest, ok := strings.CutPrefix(line, "Rss:"); ok {
+					fmt.Sscan(rest, &mib)
+				}
+			}
+		}
+		return mib >> 10
+	}
+	before := held()
+	id := p.start(t, "eats", command("/bin/oom"), limits(&resources{MemoryLimitInBytes: 300 << 20}))
+	peak := before
+	eventually(t, 60*time.Second, "end of the container", func() error {
+		peak = max(peak, held())
+		if st := p.container(t, id); st.GetState() != runtimeapi.ContainerState_CONTAINER_EXITED {
+			return fmt.Errorf("it is %v", st.GetState())
+		}
+		return nil
+	})
+	if peak < before+200 {
+		t.Fatalf("the VMM held %d MiB before and %d MiB at most: nothing to see", before, peak)
+	}
+	// The guest reports what is free in large blocks; what is left in smaller ones
+	// stays.
+	eventually(t, 60*time.Second, "the memory to come back", func() error {
+		if now := held(); now > (before+peak)/2 {
+			return fmt.Errorf("the VMM holds %d MiB; %d before, %d at most", now, before, peak)
+		}
+		return nil
+	})
 }
