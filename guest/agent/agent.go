@@ -78,7 +78,8 @@ type sandbox struct {
 	pod     *podClient
 	pidMode api.NamespaceMode
 	netns   *os.File
-	ready   bool // set up completely
+	ids     *idMaps // nil: no user namespace
+	ready   bool    // set up completely
 }
 
 func newAgent(p paths, log *logger) *Agent {

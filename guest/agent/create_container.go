@@ -83,7 +83,8 @@ func (a *Agent) create(c *ctr, sb *sandbox, r *api.CreateContainerRequest) error
 		return err
 	}
 
-	if err := os.MkdirAll(c.dir, 0o700); err != nil {
+	// Root of a user namespace is not this directory's owner, and passes through.
+	if err := os.MkdirAll(c.dir, 0o711); err != nil {
 		return err
 	}
 	rootfs := filepath.Join(c.dir, "rootfs")
@@ -125,7 +126,10 @@ func (a *Agent) create(c *ctr, sb *sandbox, r *api.CreateContainerRequest) error
 		return err
 	}
 	spec.Process.Terminal = r.Tty
-	p, err := a.newStdio(r.Tty, r.Stdin, spec.Process.ConsoleSize)
+	if err := sb.ids.mayForkInto(a.paths.cgroup, c.cgroup); err != nil {
+		return err
+	}
+	p, err := a.newStdio(r.Tty, r.Stdin, spec.Process.ConsoleSize, sb.ids)
 	if err != nil {
 		return fmt.Errorf("standard streams: %w", err)
 	}
@@ -139,13 +143,13 @@ func (a *Agent) create(c *ctr, sb *sandbox, r *api.CreateContainerRequest) error
 }
 
 // newStdio makes a process with its streams.
-func (a *Agent) newStdio(tty, stdin bool, size *specs.Box) (*process, error) {
+func (a *Agent) newStdio(tty, stdin bool, size *specs.Box, ids *idMaps) (*process, error) {
 	if !tty {
 		s, child, err := newPipes(stdin)
 		if err != nil {
 			return nil, err
 		}
-		return newProcess(s, child), nil
+		return ids.owned(newProcess(s, child))
 	}
 	var width, height uint32
 	if size != nil {
@@ -155,7 +159,7 @@ func (a *Agent) newStdio(tty, stdin bool, size *specs.Box) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newProcess(s, [3]*os.File{slave, slave, slave}), nil
+	return ids.owned(newProcess(s, [3]*os.File{slave, slave, slave}))
 }
 
 // choosePID decides which pid namespace the container has.

@@ -74,18 +74,22 @@ func (a *Agent) exec(ctx context.Context, sb *sandbox, c *ctr, spec *specs.Spec,
 	if err := os.Mkdir(string(cg), 0o755); err != nil {
 		return nil, fmt.Errorf("create cgroup: %w", err)
 	}
+	if err := sb.ids.mayForkInto(a.paths.cgroup, cg); err != nil {
+		_ = cg.remove()
+		return nil, fmt.Errorf("create cgroup: %w", err)
+	}
 	var p *process
 	var err error
 	if r.Tty {
 		if s, slave, terr := containerTerminal(init, r.Width, r.Height); terr == nil {
-			p = newProcess(s, [3]*os.File{slave, slave, slave})
+			p, err = sb.ids.owned(newProcess(s, [3]*os.File{slave, slave, slave}))
 		} else {
 			// An image without a devpts has terminals too, without a name.
 			a.log.Debugf("container %s: %v", c.id, terr)
 		}
 	}
-	if p == nil {
-		p, err = a.newStdio(r.Tty, r.Stdin, command.ConsoleSize)
+	if p == nil && err == nil {
+		p, err = a.newStdio(r.Tty, r.Stdin, command.ConsoleSize, sb.ids)
 	}
 	if err != nil {
 		_ = cg.remove()

@@ -24,6 +24,8 @@ type layerStore struct {
 	images string // directory of the share
 	mounts string // directory of the mount points, on a tmpfs
 
+	userns *os.File // nil: files keep their ids; set before the first mount
+
 	mu     sync.Mutex // guards what follows, never held while mounting
 	next   int
 	layers map[string]*layer
@@ -165,7 +167,26 @@ func (s *layerStore) mount(l *layer) error {
 		os.Remove(l.path)
 		return fmt.Errorf("mount %s as ext4: %w (not a layer image, or a damaged one)", loop.Name(), err)
 	}
+	if s.userns != nil {
+		if err := idmapMount(l.path, s.userns); err != nil {
+			_ = unmount(l.path) // what went wrong first is what matters
+			os.Remove(l.path)
+			return fmt.Errorf("map the ids of its files: %w", err)
+		}
+	}
 	l.bare = ownLostFound(l.path)
+	return nil
+}
+
+// idmap makes the files of all layers mounted from now on belong to the ids of a
+// user namespace, which the store owns then.
+func (s *layerStore) idmap(userns *os.File) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.layers) > 0 {
+		return preconditionf("layers are mounted already")
+	}
+	s.userns = userns
 	return nil
 }
 

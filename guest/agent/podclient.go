@@ -44,9 +44,10 @@ type podReply struct {
 	err   error
 }
 
-// startPodInit forks pod-init from the binary at exe into new namespaces:
-// network, IPC and UTS ones, and a pid one if shared.
-func startPodInit(r *reaper, exe string, sharedPID bool) (*podClient, error) {
+// startPodInit forks pod-init from the binary at exe into new namespaces: network,
+// IPC and UTS ones, a pid one if shared, and a user one, which owns the others, if
+// ids are mapped.
+func startPodInit(r *reaper, exe string, sharedPID bool, ids *idMaps) (*podClient, error) {
 	conn, child, err := packetPair()
 	if err != nil {
 		return nil, err
@@ -55,6 +56,12 @@ func startPodInit(r *reaper, exe string, sharedPID bool) (*podClient, error) {
 	flags := uintptr(unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS)
 	if sharedPID {
 		flags |= unix.CLONE_NEWPID
+	}
+	sys := &syscall.SysProcAttr{Cloneflags: flags, Setsid: true}
+	if ids != nil {
+		sys.Cloneflags |= unix.CLONE_NEWUSER
+		sys.UidMappings, sys.GidMappings, sys.GidMappingsEnableSetgroups = ids.uids, ids.gids, true
+		sys.Credential = &syscall.Credential{} // root of the new namespace
 	}
 	p := &podClient{
 		conn:    conn,
@@ -67,7 +74,7 @@ func startPodInit(r *reaper, exe string, sharedPID bool) (*podClient, error) {
 			Dir:   "/",
 			Env:   []string{},
 			Files: []uintptr{0, 1, 2, child.Fd()},
-			Sys:   &syscall.SysProcAttr{Cloneflags: flags, Setsid: true},
+			Sys:   sys,
 		})
 	}, func(unix.WaitStatus, time.Time) { close(p.gone) })
 	if err != nil {

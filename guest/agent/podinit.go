@@ -65,12 +65,6 @@ func RunPodInit() int {
 }
 
 func runPodInit() error {
-	// T25: a container that eats all memory must not take the pod's parent along.
-	// What it forks sets its own value.
-	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-999"), 0); err != nil {
-		// Tests may run without CAP_SYS_RESOURCE; a guest is no worse than unprotected.
-		fmt.Fprintln(os.Stderr, "cri-vz-agent: pod-init:", err)
-	}
 	unix.CloseOnExec(podInitFD)
 	conn, err := newPacketConn(os.NewFile(podInitFD, "control socket"))
 	if err != nil {

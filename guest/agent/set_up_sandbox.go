@@ -24,15 +24,16 @@ const setupTimeout = 30 * time.Second
 // SetUpSandbox makes the pod's namespaces and network, once per VM. After a
 // failure the VM is good for nothing but Shutdown: the host makes another.
 func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*api.SetUpSandboxResponse, error) {
-	if len(r.UidMappings) > 0 || len(r.GidMappings) > 0 {
-		return nil, unimplementedf("set up sandbox: user namespaces are not supported in the guest")
+	ids, err := parseIDMaps(r.UidMappings, r.GidMappings)
+	if err != nil {
+		return nil, fmt.Errorf("set up sandbox: %w", err)
 	}
 	switch r.PidMode {
 	case api.NamespaceMode_POD, api.NamespaceMode_CONTAINER, api.NamespaceMode_NODE:
 	default:
 		return nil, invalidf("set up sandbox: pid mode %v", r.PidMode)
 	}
-	setup, err := parseSetup(r)
+	setup, err := parseSetup(r, ids)
 	if err != nil {
 		return nil, fmt.Errorf("set up sandbox: %w", err)
 	}
@@ -41,7 +42,7 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 		a.mu.Unlock()
 		return nil, existsf("set up sandbox: this VM has one")
 	}
-	sb := &sandbox{pidMode: r.PidMode}
+	sb := &sandbox{pidMode: r.PidMode, ids: ids}
 	a.sandbox = sb
 	a.mu.Unlock()
 
@@ -53,9 +54,15 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 	s.run("entropy", func() error { return addEntropy(r.Entropy) })
 	s.run("boot", func() error { return a.await(ctx, a.networked) })
 	s.run("pod-init", func() error {
-		pod, err := startPodInit(a.reaper, a.paths.exe, r.PidMode == api.NamespaceMode_POD)
+		pod, err := startPodInit(a.reaper, a.paths.exe, r.PidMode == api.NamespaceMode_POD, ids)
 		if err != nil {
 			return err
+		}
+		// T25: a container that eats all memory must not take the pod's parent
+		// along. What it forks sets its own value.
+		if err := os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pod.pid), []byte("-999"), 0); err != nil {
+			// Tests may run without CAP_SYS_RESOURCE; a guest is no worse than unprotected.
+			a.log.Printf("protect pod-init from the OOM killer: %v", err)
 		}
 		sb.pod = pod
 		go a.watchPodInit(pod)
@@ -83,7 +90,10 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 			return cgroup(filepath.Join(a.paths.cgroup, "pod")).write("pids.max", strconv.FormatInt(r.PidsMax, 10))
 		})
 	}
-	s.run("pod files", func() error { return a.writePodFiles(r) })
+	if ids != nil {
+		s.run("user namespace", func() error { return a.useIDMaps(sb.pod.pid) })
+	}
+	s.run("pod files", func() error { return a.writePodFiles(r, ids) })
 	if s.err == nil {
 		reply, err := sb.pod.call(ctx, &message{Op: opSetup, Setup: setup}, nil)
 		s.steps, s.err = append(s.steps, reply.steps...), err
@@ -106,7 +116,7 @@ func apiSteps(steps []namedStep) []*api.Step {
 }
 
 // parseSetup checks a request before anything is done for it.
-func parseSetup(r *api.SetUpSandboxRequest) (*podSetup, error) {
+func parseSetup(r *api.SetUpSandboxRequest, ids *idMaps) (*podSetup, error) {
 	s := &podSetup{Hostname: r.Hostname, Sysctls: map[string]string{}}
 	if len(r.Hostname) > 64 {
 		return nil, invalidf("hostname %q is longer than 64 bytes", r.Hostname)
@@ -166,7 +176,7 @@ func parseSetup(r *api.SetUpSandboxRequest) (*podSetup, error) {
 		s.Routes = append(s.Routes, p)
 	}
 	// As containerd does: ping works without a capability.
-	s.Sysctls["net.ipv4.ping_group_range"] = "0 2147483647"
+	s.Sysctls["net.ipv4.ping_group_range"] = "0 " + strconv.Itoa(ids.lastGroup())
 	for name, value := range r.Sysctls {
 		if _, err := sysctlPath(name); err != nil {
 			return nil, err
@@ -180,7 +190,7 @@ func parseSetup(r *api.SetUpSandboxRequest) (*podSetup, error) {
 const shmSize = "67108864"
 
 // writePodFiles makes what agent:// names.
-func (a *Agent) writePodFiles(r *api.SetUpSandboxRequest) error {
+func (a *Agent) writePodFiles(r *api.SetUpSandboxRequest, ids *idMaps) error {
 	dir := filepath.Join(a.paths.run, "pod")
 	shm := filepath.Join(dir, "shm")
 	if err := os.MkdirAll(shm, 0o755); err != nil {
@@ -189,12 +199,19 @@ func (a *Agent) writePodFiles(r *api.SetUpSandboxRequest) error {
 	if err := unix.Mount("shm", shm, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=1777,size="+shmSize); err != nil {
 		return fmt.Errorf("mount the pod's /dev/shm: %w", err)
 	}
+	if err := ids.giveToRoot(shm); err != nil {
+		return err
+	}
 	for name, text := range map[string]string{
 		"resolv.conf": resolvConf(r.Dns),
 		"hosts":       hosts(r),
 		"hostname":    r.Hostname + "\n",
 	} {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			return err
+		}
+		if err := ids.giveToRoot(path); err != nil {
 			return err
 		}
 	}

@@ -8,8 +8,10 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -824,6 +826,92 @@ func TestSharedPID(t *testing.T) {
 		t.Errorf("got %v, %v", w, err)
 	}
 	v.remove("a")
+	_, _ = v.agent.Shutdown(v.ctx(), &api.ShutdownRequest{})
+	<-v.gone
+}
+
+// TestUserNamespace: a pod whose root is nobody in the guest (T33).
+func TestUserNamespace(t *testing.T) {
+	const first, count = 100000, 65536
+	v := boot(t, options{arch: runtime.GOARCH})
+	layers := v.probeImage(runtime.GOARCH)
+	ids := []*api.IDMapping{{HostId: first, Length: count}}
+	if _, err := v.agent.SetUpSandbox(v.ctx(), &api.SetUpSandboxRequest{UidMappings: ids, GidMappings: []*api.IDMapping{{ContainerId: 1, HostId: first, Length: count}}}); err == nil {
+		t.Error("a mapping without root was accepted")
+	}
+	if _, err := v.agent.SetUpSandbox(v.ctx(), &api.SetUpSandboxRequest{
+		Hostname: "mapped", PidMode: api.NamespaceMode_POD, UidMappings: ids, GidMappings: ids, UnixNanos: time.Now().UnixNano(),
+		Interfaces: []*api.Interface{{Name: "eth0", Mac: podMAC, Addresses: []string{"10.0.2.15/24"}}},
+		Sysctls:    map[string]string{"net.core.somaxconn": "1234", "kernel.shm_rmid_forced": "1"},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range []string{"mine", "theirs"} {
+		dir := filepath.Join(v.vols, d)
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if d == "mine" {
+			if err := os.Chown(dir, first, first); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	r := request("a", layers)
+	r.PidMode = api.NamespaceMode_POD
+	s := spec("serve", "3000")
+	s.Mounts = append(s.Mounts,
+		specs.Mount{Destination: "/mine", Type: "bind", Source: "volume://mine", Options: []string{"rbind", "rw"}},
+		specs.Mount{Destination: "/theirs", Type: "bind", Source: "volume://theirs", Options: []string{"rbind", "rw"}})
+	if _, err := v.create(r, s); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := v.agent.StartContainer(v.ctx(), &api.StartContainerRequest{Id: "a"}); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		args []string
+		want string
+		code int32
+	}{
+		{[]string{"read", "/proc/self/uid_map"}, "         0     100000      65536\n", 0},
+		{[]string{"id"}, "uid 0 gid 0", 0},
+		{[]string{"read", "/file"}, "above", 0},
+		{[]string{"write", "/file", "written"}, "", 0},
+		{[]string{"write", "/new", "written"}, "", 0},
+		{[]string{"write", "/dev/null", "x"}, "", 0},
+		{[]string{"write", "/dev/shm/x", "x"}, "", 0},
+		{[]string{"write", "/etc/hosts", "127.0.0.1 localhost\n"}, "", 0},
+		{[]string{"write", "/dev/stderr", "to my own stream"}, "to my own stream", 0},
+		{[]string{"write", "/mine/x", "x"}, "", 0},
+		{[]string{"write", "/theirs/x", "x"}, "denied", 1},
+		{[]string{"write", "/proc/sys/kernel/panic", "1"}, "", 1},
+		{[]string{"read", "/proc/sys/net/core/somaxconn"}, "1234", 0},
+	} {
+		if got, code := v.exec("a", "e", append([]string{"/probe"}, c.args...)...); code != c.code || !strings.Contains(got, c.want) {
+			t.Errorf("%q: %q, exit code %d; want %q, %d", c.args, got, code, c.want, c.code)
+		}
+	}
+	var st syscall.Stat_t
+	if err := syscall.Stat(filepath.Join(v.vols, "mine", "x"), &st); err != nil || st.Uid != first || st.Gid != first {
+		t.Errorf("what root wrote belongs to %d:%d on the host, %v; want %d", st.Uid, st.Gid, err, first)
+	}
+	// A user of the image, and a pid namespace of its own.
+	r = request("b", layers)
+	r.User = &api.User{Name: "alice"}
+	if got, w := v.run(r, spec("id")); w.ExitCode != 0 || !strings.Contains(got, "uid 1000 gid 1000 groups [50 1000] pid 1") {
+		t.Errorf("another user: %q, %v", got, w)
+	}
+	if _, err := v.agent.Exec(v.ctx(), &api.ExecRequest{Id: "a", ExecId: "t", Args: []string{"/probe", "write", "/dev/tty", "to my own terminal"}, Tty: true}); err != nil {
+		t.Fatal(err)
+	}
+	if w, err := v.agent.Wait(v.ctx(), &api.WaitRequest{Id: "a", ExecId: "t"}); err != nil || w.ExitCode != 0 {
+		t.Errorf("exec with a terminal: %v, %v", w, err)
+	}
+	r = request("c", layers)
+	if got, w := v.run(r, spec("read", "/proc/self/oom_score_adj")); w.ExitCode != 0 || got != "0\n" {
+		t.Errorf("the container's OOM score: %q, %v", got, w)
+	}
 	_, _ = v.agent.Shutdown(v.ctx(), &api.ShutdownRequest{})
 	<-v.gone
 }

@@ -1,0 +1,118 @@
+//go:build linux && (amd64 || arm64)
+
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"github.com/cri-vz/cri-vz/guest/api"
+	"golang.org/x/sys/unix"
+)
+
+// idMaps are the ids of a pod's user namespace (T33). The nil *idMaps is a pod
+// without one: its root is the guest's.
+type idMaps struct {
+	uids, gids []syscall.SysProcIDMap
+}
+
+// parseIDMaps returns nil for a pod that wants no user namespace.
+func parseIDMaps(uids, gids []*api.IDMapping) (*idMaps, error) {
+	if len(uids) == 0 && len(gids) == 0 {
+		return nil, nil
+	}
+	m := &idMaps{}
+	for _, kind := range []struct {
+		name string
+		from []*api.IDMapping
+		to   *[]syscall.SysProcIDMap
+	}{{"uid", uids, &m.uids}, {"gid", gids, &m.gids}} {
+		// Root has to be somebody, or nothing in the pod could be set up. More
+		// ranges than one are nothing that a kubelet would ask for.
+		if len(kind.from) != 1 || kind.from[0].GetContainerId() != 0 || kind.from[0].GetLength() == 0 {
+			return nil, invalidf("%s mappings %v: there must be one, and it must begin with the container's id 0", kind.name, kind.from)
+		}
+		f := kind.from[0]
+		*kind.to = []syscall.SysProcIDMap{{HostID: int(f.GetHostId()), Size: int(f.GetLength())}}
+	}
+	return m, nil
+}
+
+// giveToRoot makes the pod's root the owner of path.
+func (m *idMaps) giveToRoot(path string) error {
+	if m == nil {
+		return nil
+	}
+	return os.Lchown(path, m.uids[0].HostID, m.gids[0].HostID)
+}
+
+// lastGroup is the largest group id of the pod.
+func (m *idMaps) lastGroup() int {
+	if m == nil {
+		return math.MaxInt32
+	}
+	return m.gids[0].Size - 1
+}
+
+// owned makes the pod's root the owner of a new process's streams, so that the
+// process can open them again as /dev/stdout.
+func (m *idMaps) owned(p *process) (*process, error) {
+	if m == nil {
+		return p, nil
+	}
+	for _, f := range p.child {
+		var st unix.Stat_t
+		err := unix.Fstat(int(f.Fd()), &st)
+		if err == nil && (st.Mode&unix.S_IFMT != unix.S_IFCHR || uint64(st.Rdev) != unix.Mkdev(1, 3)) { // not /dev/null
+			err = f.Chown(m.uids[0].HostID, m.gids[0].HostID)
+		}
+		if err != nil {
+			p.discard()
+			return nil, fmt.Errorf("owner of a standard stream: %w", err)
+		}
+	}
+	return p, nil
+}
+
+// useIDMaps makes layers that are mounted from now on have the ids of pod-init's
+// user namespace.
+func (a *Agent) useIDMaps(pid int) error {
+	ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/user", pid))
+	if err != nil {
+		return err
+	}
+	if err := a.layers.idmap(ns); err != nil {
+		ns.Close()
+		return err
+	}
+	return nil
+}
+
+// mayForkInto lets pod-init put processes into cg. The kernel asks for write
+// access to the procs file of it and of the common parent of both cgroups, which is
+// the root (cgroups(7)); each container sees only the subtree that is its own.
+func (m *idMaps) mayForkInto(root string, cg cgroup) error {
+	return errors.Join(m.giveToRoot(filepath.Join(root, "cgroup.procs")), m.giveToRoot(cg.file("cgroup.procs")))
+}
+
+// idmapMount replaces the mount at path, which nobody uses yet, by one in which
+// the files' ids are those of a user namespace.
+func idmapMount(path string, userns *os.File) error {
+	tree, err := unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return os.NewSyscallError("open_tree", err)
+	}
+	defer unix.Close(tree)
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(userns.Fd())}
+	if err := unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &attr); err != nil {
+		return os.NewSyscallError("mount_setattr(IDMAP)", err)
+	}
+	if err := unix.Unmount(path, unix.UMOUNT_NOFOLLOW); err != nil {
+		return os.NewSyscallError("umount", err)
+	}
+	return os.NewSyscallError("move_mount", unix.MoveMount(tree, "", unix.AT_FDCWD, path, unix.MOVE_MOUNT_F_EMPTY_PATH))
+}
