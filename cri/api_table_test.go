@@ -118,15 +118,19 @@ var messages = []message{
 		{field: "pid: TARGET for a sandbox", reason: "there is no container yet", pod: namespaces(&runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_TARGET})},
 		{field: "pid: a container's NODE or POD that is not its sandbox's", reason: "its processes would not see each other", container: containerNamespaces(&runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_NODE})},
 		{field: "pid: TARGET without `target_id`", reason: "there is nothing to join", container: containerNamespaces(&runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_TARGET})},
-		{field: "userns_options: not NODE", reason: noUserns, pod: namespaces(&runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_POD}})},
+		{field: "userns_options: with pid NODE", reason: "that pid namespace does not belong to the pod", pod: namespaces(&runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_NODE, UsernsOptions: userns(oneMapping, oneMapping)})},
+		{field: "userns_options: a container's that are not its sandbox's", reason: "the pod's namespaces belong to the sandbox's", container: containerNamespaces(&runtimeapi.NamespaceOption{UsernsOptions: userns(oneMapping, oneMapping)})},
+		{field: "userns_options: POD where the node can't", reason: "the state directory's file system or the kernel has no id-mapped mounts; `Status` says so"},
 	}, accepted: []meaning{
 		{"pid: NODE", "the guest's first pid namespace"},
 	}},
-	{name: "UserNamespace", honoured: "mode", refused: []refusal{
-		{field: "uids", reason: noUserns}, {field: "gids", reason: noUserns},
+	{name: "UserNamespace", honoured: "mode uids gids", refused: []refusal{
+		{field: "mode: CONTAINER or TARGET", reason: "the CRI has no such user namespaces", pod: namespaces(&runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_CONTAINER}})},
+		{field: "uids: not exactly one mapping, and gids likewise", reason: "no kubelet asks for more", pod: namespaces(&runtimeapi.NamespaceOption{UsernsOptions: userns(nil, oneMapping)})},
 	}},
-	{name: "IDMapping", refused: []refusal{
-		{field: "host_id", reason: noUserns}, {field: "container_id", reason: noUserns}, {field: "length", reason: noUserns},
+	{name: "IDMapping", honoured: "host_id container_id length", refused: []refusal{
+		{field: "container_id: not 0", reason: "the pod's root must be somebody"},
+		{field: "length: 0, and host_id past the last id", reason: "no range of ids"},
 	}},
 	{name: "SELinuxOption", refused: []refusal{
 		{field: "user", reason: noSELinux}, {field: "role", reason: noSELinux}, {field: "type", reason: noSELinux}, {field: "level", reason: noSELinux},
@@ -190,12 +194,11 @@ var messages = []message{
 			c.Envs = []*runtimeapi.KeyValue{{Key: "A=B"}}
 		}},
 	}},
-	{name: "Mount", honoured: "container_path host_path readonly propagation recursive_read_only mount_options image image_sub_path", refused: []refusal{
+	{name: "Mount", honoured: "container_path host_path readonly propagation recursive_read_only mount_options image image_sub_path uidMappings gidMappings", refused: []refusal{
 		{field: "container_path: relative, or /", reason: "no place for a mount", container: mounts(&runtimeapi.Mount{ContainerPath: "x", HostPath: "/tmp"})},
 		{field: "host_path: missing, or a socket, FIFO or device", reason: "only files and directories cross a VM's boundary", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/dev/null"})},
 		{field: "propagation: BIDIRECTIONAL", reason: "a mount made in the VM can't appear on the node", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/tmp", Propagation: runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL})},
-		{field: "uidMappings", reason: noUserns, container: mounts(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/tmp", UidMappings: []*runtimeapi.IDMapping{{Length: 1}}})},
-		{field: "gidMappings", reason: noUserns, container: mounts(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/tmp", GidMappings: []*runtimeapi.IDMapping{{Length: 1}}})},
+		{field: "uidMappings: not those of the pod's user namespace, and gidMappings likewise", reason: "its files would be nobody's", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/tmp", UidMappings: oneMapping, GidMappings: oneMapping})},
 		{field: "recursive_read_only: without readonly, or with propagation", reason: "as the CRI demands", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/tmp", RecursiveReadOnly: true})},
 		{field: "image: beside host_path", reason: "they exclude each other", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/tmp", Image: &runtimeapi.ImageSpec{Image: "i"}})},
 		{field: "image_sub_path: without image, or leading out of it", reason: "it names a place in the image", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", Image: &runtimeapi.ImageSpec{Image: "i"}, ImageSubPath: "../x"})},
@@ -289,7 +292,6 @@ var messages = []message{
 }
 
 const (
-	noUserns    = "user namespaces are not offered; `Status` says so"
 	noSELinux   = "the guest's kernel enforces no SELinux policy"
 	noAppArmor  = "the guest's kernel enforces no AppArmor profile"
 	noDevice    = "a device of the node can't be given to a pod's VM"
@@ -303,6 +305,12 @@ func sandboxSecurity(edit func(*runtimeapi.LinuxSandboxSecurityContext)) func(*r
 		c.Linux = &runtimeapi.LinuxPodSandboxConfig{SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{}}
 		edit(c.Linux.SecurityContext)
 	}
+}
+
+var oneMapping = []*runtimeapi.IDMapping{{HostId: 100000, Length: 65536}}
+
+func userns(uids, gids []*runtimeapi.IDMapping) *runtimeapi.UserNamespace {
+	return &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_POD, Uids: uids, Gids: gids}
 }
 
 func namespaces(o *runtimeapi.NamespaceOption) func(*runtimeapi.PodSandboxConfig) {

@@ -64,6 +64,9 @@ func translate(pod *runtimeapi.PodSandboxConfig, c *runtimeapi.ContainerConfig, 
 	if err := checkNamespaces("config.linux.security_context", ns, sc.GetApparmor(), sc.GetSelinuxOptions()); err != nil {
 		return nil, err
 	}
+	if err := checkSameUserNamespace(pod, ns); err != nil {
+		return nil, err
+	}
 	for field, paths := range map[string][]string{"masked_paths": sc.GetMaskedPaths(), "readonly_paths": sc.GetReadonlyPaths()} {
 		for _, p := range paths {
 			if !path.IsAbs(p) {
@@ -91,7 +94,7 @@ func translate(pod *runtimeapi.PodSandboxConfig, c *runtimeapi.ContainerConfig, 
 		func() error { return t.identity(sc, img) },
 		func() error { return t.capabilities(sc) },
 		func() error { return t.pidNamespace(pod, ns) },
-		func() error { return t.mounts(c) },
+		func() error { return t.mounts(pod, c) },
 		func() error { return t.devices(c) },
 		func() error { return t.resources(c.GetLinux().GetResources()) },
 		func() error { return t.seccomp(sc) },
@@ -327,7 +330,7 @@ func baseMounts(privileged bool) []specs.Mount {
 	}
 }
 
-func (t *translation) mounts(c *runtimeapi.ContainerConfig) error {
+func (t *translation) mounts(pod *runtimeapi.PodSandboxConfig, c *runtimeapi.ContainerConfig) error {
 	if len(c.GetMounts()) > maxMounts {
 		return refuse("config.mounts", fmt.Sprintf("%d mounts are more than %d", len(c.GetMounts()), maxMounts))
 	}
@@ -349,10 +352,6 @@ func (t *translation) mounts(c *runtimeapi.ContainerConfig) error {
 			return refuse(at+".image_sub_path", fmt.Sprintf("%q leads out of the image", m.GetImageSubPath()))
 		case runtimeapi.MountPropagation_name[int32(m.GetPropagation())] == "":
 			return refuse(at+".propagation", fmt.Sprintf("%v is unknown", m.GetPropagation()))
-		case len(m.GetUidMappings()) > 0:
-			return refuse(at+".uidMappings", "user namespaces are not offered (see Status.runtime_handlers)")
-		case len(m.GetGidMappings()) > 0:
-			return refuse(at+".gidMappings", "user namespaces are not offered (see Status.runtime_handlers)")
 		case m.GetRecursiveReadOnly() && !m.GetReadonly():
 			return refuse(at+".recursive_read_only", "needs readonly")
 		case m.GetRecursiveReadOnly() && m.GetPropagation() != runtimeapi.MountPropagation_PROPAGATION_PRIVATE:
@@ -373,6 +372,10 @@ func (t *translation) mounts(c *runtimeapi.ContainerConfig) error {
 			continue
 		}
 		host, err := hostPath(at, m.GetHostPath())
+		if err != nil {
+			return err
+		}
+		uids, gids, err := mountIDs(at, pod, m)
 		if err != nil {
 			return err
 		}
@@ -397,6 +400,8 @@ func (t *translation) mounts(c *runtimeapi.ContainerConfig) error {
 			ReadOnly:          m.GetReadonly(),
 			RecursiveReadOnly: m.GetRecursiveReadOnly(),
 			HostToContainer:   m.GetPropagation() == runtimeapi.MountPropagation_PROPAGATION_HOST_TO_CONTAINER,
+			UidMappings:       uids,
+			GidMappings:       gids,
 		})
 	}
 	for _, m := range baseMounts(c.GetLinux().GetSecurityContext().GetPrivileged()) {

@@ -85,6 +85,9 @@ func (s *Server) checkPodSandbox(c *runtimeapi.PodSandboxConfig, handler string)
 	if pid := sc.GetNamespaceOptions().GetPid(); pid == runtimeapi.NamespaceMode_TARGET || runtimeapi.NamespaceMode_name[int32(pid)] == "" {
 		return refuse("config.linux.security_context.namespace_options.pid", fmt.Sprintf("a sandbox can't have %v", pid))
 	}
+	if userNamespaceOf(c) != nil && s.NoUserNamespaces != nil {
+		return refuse("config.linux.security_context.namespace_options.userns_options", fmt.Sprintf("this node has no user namespaces: %v", s.NoUserNamespaces))
+	}
 	return checkNamespaces("config.linux.security_context", sc.GetNamespaceOptions(), sc.GetApparmor(), sc.GetSelinuxOptions())
 }
 
@@ -146,8 +149,8 @@ func checkNamespaces(at string, ns *runtimeapi.NamespaceOption, apparmor *runtim
 	if ns.GetIpc() == runtimeapi.NamespaceMode_NODE {
 		return refuse(at+".namespace_options.ipc", "NODE can't be had: the node's IPC objects belong to another kernel")
 	}
-	if u := ns.GetUsernsOptions(); u != nil && u.GetMode() != runtimeapi.NamespaceMode_NODE {
-		return refuse(at+".namespace_options.userns_options", "user namespaces are not offered (see Status.runtime_handlers)")
+	if err := checkUserNamespace(at, ns); err != nil {
+		return err
 	}
 	if runtimeapi.SecurityProfile_ProfileType_name[int32(apparmor.GetProfileType())] == "" {
 		return refuse(at+".apparmor.profile_type", fmt.Sprintf("%v is unknown", apparmor.GetProfileType()))

@@ -46,6 +46,8 @@ type Options struct {
 	// Anything but a loopback host is refused: the URLs are handed to the
 	// kubelet of the same machine, and the server speaks plain HTTP.
 	StreamAddress string
+	// NoUserNamespaces says why this node offers none, or nil.
+	NoUserNamespaces error
 	// LogRoot is where the node's own command line keeps the logs of its pods.
 	LogRoot string
 	// SystemdCgroups is what RuntimeConfig answers (T5).

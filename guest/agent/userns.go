@@ -8,6 +8,8 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"syscall"
 
 	"github.com/cri-vz/cri-vz/guest/api"
@@ -78,8 +80,27 @@ func (m *idMaps) owned(p *process) (*process, error) {
 	return p, nil
 }
 
+// raiseLimits lets pod-init give its children as many descriptors as the kernel
+// has: in a user namespace nobody raises a limit.
+func raiseLimits(pid int) error {
+	b, err := os.ReadFile("/proc/sys/fs/nr_open")
+	if err != nil {
+		return err
+	}
+	most, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64)
+	if err != nil {
+		return err
+	}
+	var l unix.Rlimit
+	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &l); err != nil {
+		return os.NewSyscallError("prlimit", err)
+	}
+	l.Max = most
+	return os.NewSyscallError("prlimit", unix.Prlimit(pid, unix.RLIMIT_NOFILE, &l, nil))
+}
+
 // useIDMaps makes layers that are mounted from now on have the ids of pod-init's
-// user namespace.
+// user namespace, and prepares pod-init for what it can't do itself.
 func (a *Agent) useIDMaps(pid int) error {
 	ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/user", pid))
 	if err != nil {
@@ -89,7 +110,7 @@ func (a *Agent) useIDMaps(pid int) error {
 		ns.Close()
 		return err
 	}
-	return nil
+	return raiseLimits(pid)
 }
 
 // mayForkInto lets pod-init put processes into cg. The kernel asks for write

@@ -89,6 +89,11 @@ func (v *volumes) add(vol *shimapi.Volume) (err error) {
 	}
 	defer unix.Close(tree)
 
+	if len(vol.GetUidMappings()) > 0 {
+		if err := idmap(tree, vol.GetUidMappings(), vol.GetGidMappings()); err != nil {
+			return err
+		}
+	}
 	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NODEV, Propagation: unix.MS_PRIVATE}
 	if vol.GetHostToContainer() {
 		attr.Propagation = unix.MS_SLAVE

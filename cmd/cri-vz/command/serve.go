@@ -111,17 +111,22 @@ func serve(ctx context.Context, c *config.Config) (err error) {
 		handlers = append(handlers, name)
 	}
 	slices.Sort(handlers)
+	noUserNamespaces := shim.ProbeIDMaps(c.Root)
+	if noUserNamespaces != nil {
+		klog.InfoS("User namespaces are not offered", "reason", noUserNamespaces)
+	}
 	server, err := cri.New(cri.Options{
-		Pods:           pods,
-		Images:         images,
-		NetworkStatus:  net.Status,
-		ImageRoot:      filepath.Join(c.Root, "images"),
-		Spool:          spool,
-		Handlers:       handlers,
-		Version:        version(),
-		StreamAddress:  c.Streaming.Address,
-		LogRoot:        filepath.Join(c.Root, "logs"),
-		SystemdCgroups: systemdCgroups(c.Kubelet.CgroupDriver),
+		Pods:             pods,
+		Images:           images,
+		NetworkStatus:    net.Status,
+		ImageRoot:        filepath.Join(c.Root, "images"),
+		Spool:            spool,
+		Handlers:         handlers,
+		Version:          version(),
+		StreamAddress:    c.Streaming.Address,
+		NoUserNamespaces: noUserNamespaces,
+		LogRoot:          filepath.Join(c.Root, "logs"),
+		SystemdCgroups:   systemdCgroups(c.Kubelet.CgroupDriver),
 	})
 	if err != nil {
 		return err

@@ -681,8 +681,11 @@ type Volume struct {
 	ReadOnly          bool                   `protobuf:"varint,3,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
 	RecursiveReadOnly bool                   `protobuf:"varint,4,opt,name=recursive_read_only,json=recursiveReadOnly,proto3" json:"recursive_read_only,omitempty"`
 	HostToContainer   bool                   `protobuf:"varint,5,opt,name=host_to_container,json=hostToContainer,proto3" json:"host_to_container,omitempty"` // propagation rslave, else rprivate
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// The files' ids in the pod, as in its user namespace; both or none.
+	UidMappings   []*api.IDMapping `protobuf:"bytes,6,rep,name=uid_mappings,json=uidMappings,proto3" json:"uid_mappings,omitempty"`
+	GidMappings   []*api.IDMapping `protobuf:"bytes,7,rep,name=gid_mappings,json=gidMappings,proto3" json:"gid_mappings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Volume) Reset() {
@@ -748,6 +751,20 @@ func (x *Volume) GetHostToContainer() bool {
 		return x.HostToContainer
 	}
 	return false
+}
+
+func (x *Volume) GetUidMappings() []*api.IDMapping {
+	if x != nil {
+		return x.UidMappings
+	}
+	return nil
+}
+
+func (x *Volume) GetGidMappings() []*api.IDMapping {
+	if x != nil {
+		return x.GidMappings
+	}
+	return nil
 }
 
 type StartContainerRequest struct {
@@ -1222,13 +1239,15 @@ const file_sandbox_shim_api_shim_proto_rawDesc = "" +
 	"\blog_path\x18\x03 \x01(\tR\alogPath\x12\x10\n" +
 	"\x03tty\x18\x04 \x01(\bR\x03tty\"N\n" +
 	"\x17CreateContainerResponse\x123\n" +
-	"\x05state\x18\x01 \x01(\v2\x1d.crivz.shim.v1.ContainerStateR\x05state\"\xb2\x01\n" +
+	"\x05state\x18\x01 \x01(\v2\x1d.crivz.shim.v1.ContainerStateR\x05state\"\xae\x02\n" +
 	"\x06Volume\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
 	"\thost_path\x18\x02 \x01(\tR\bhostPath\x12\x1b\n" +
 	"\tread_only\x18\x03 \x01(\bR\breadOnly\x12.\n" +
 	"\x13recursive_read_only\x18\x04 \x01(\bR\x11recursiveReadOnly\x12*\n" +
-	"\x11host_to_container\x18\x05 \x01(\bR\x0fhostToContainer\"'\n" +
+	"\x11host_to_container\x18\x05 \x01(\bR\x0fhostToContainer\x12<\n" +
+	"\fuid_mappings\x18\x06 \x03(\v2\x19.crivz.guest.v1.IDMappingR\vuidMappings\x12<\n" +
+	"\fgid_mappings\x18\a \x03(\v2\x19.crivz.guest.v1.IDMappingR\vgidMappings\"'\n" +
 	"\x15StartContainerRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"_\n" +
 	"\x14StopContainerRequest\x12\x0e\n" +
@@ -1318,18 +1337,19 @@ var file_sandbox_shim_api_shim_proto_goTypes = []any{
 	(*api.ResolvedUser)(nil),            // 23: crivz.guest.v1.ResolvedUser
 	(*api.SetUpSandboxRequest)(nil),     // 24: crivz.guest.v1.SetUpSandboxRequest
 	(*api.CreateContainerRequest)(nil),  // 25: crivz.guest.v1.CreateContainerRequest
-	(*api.ExecRequest)(nil),             // 26: crivz.guest.v1.ExecRequest
-	(*api.WaitRequest)(nil),             // 27: crivz.guest.v1.WaitRequest
-	(*api.RemoveExecRequest)(nil),       // 28: crivz.guest.v1.RemoveExecRequest
-	(*api.ResizePtyRequest)(nil),        // 29: crivz.guest.v1.ResizePtyRequest
-	(*api.UpdateContainerRequest)(nil),  // 30: crivz.guest.v1.UpdateContainerRequest
-	(*api.StatsRequest)(nil),            // 31: crivz.guest.v1.StatsRequest
-	(*api.ExecResponse)(nil),            // 32: crivz.guest.v1.ExecResponse
-	(*api.WaitResponse)(nil),            // 33: crivz.guest.v1.WaitResponse
-	(*api.RemoveExecResponse)(nil),      // 34: crivz.guest.v1.RemoveExecResponse
-	(*api.ResizePtyResponse)(nil),       // 35: crivz.guest.v1.ResizePtyResponse
-	(*api.UpdateContainerResponse)(nil), // 36: crivz.guest.v1.UpdateContainerResponse
-	(*api.StatsResponse)(nil),           // 37: crivz.guest.v1.StatsResponse
+	(*api.IDMapping)(nil),               // 26: crivz.guest.v1.IDMapping
+	(*api.ExecRequest)(nil),             // 27: crivz.guest.v1.ExecRequest
+	(*api.WaitRequest)(nil),             // 28: crivz.guest.v1.WaitRequest
+	(*api.RemoveExecRequest)(nil),       // 29: crivz.guest.v1.RemoveExecRequest
+	(*api.ResizePtyRequest)(nil),        // 30: crivz.guest.v1.ResizePtyRequest
+	(*api.UpdateContainerRequest)(nil),  // 31: crivz.guest.v1.UpdateContainerRequest
+	(*api.StatsRequest)(nil),            // 32: crivz.guest.v1.StatsRequest
+	(*api.ExecResponse)(nil),            // 33: crivz.guest.v1.ExecResponse
+	(*api.WaitResponse)(nil),            // 34: crivz.guest.v1.WaitResponse
+	(*api.RemoveExecResponse)(nil),      // 35: crivz.guest.v1.RemoveExecResponse
+	(*api.ResizePtyResponse)(nil),       // 36: crivz.guest.v1.ResizePtyResponse
+	(*api.UpdateContainerResponse)(nil), // 37: crivz.guest.v1.UpdateContainerResponse
+	(*api.StatsResponse)(nil),           // 38: crivz.guest.v1.StatsResponse
 }
 var file_sandbox_shim_api_shim_proto_depIdxs = []int32{
 	0,  // 0: crivz.shim.v1.PodState.vm:type_name -> crivz.shim.v1.VM
@@ -1342,43 +1362,45 @@ var file_sandbox_shim_api_shim_proto_depIdxs = []int32{
 	25, // 7: crivz.shim.v1.CreateContainerRequest.container:type_name -> crivz.guest.v1.CreateContainerRequest
 	11, // 8: crivz.shim.v1.CreateContainerRequest.volumes:type_name -> crivz.shim.v1.Volume
 	6,  // 9: crivz.shim.v1.CreateContainerResponse.state:type_name -> crivz.shim.v1.ContainerState
-	2,  // 10: crivz.shim.v1.Shim.Hello:input_type -> crivz.shim.v1.HelloRequest
-	4,  // 11: crivz.shim.v1.Shim.Watch:input_type -> crivz.shim.v1.WatchRequest
-	7,  // 12: crivz.shim.v1.Shim.Boot:input_type -> crivz.shim.v1.BootRequest
-	9,  // 13: crivz.shim.v1.Shim.CreateContainer:input_type -> crivz.shim.v1.CreateContainerRequest
-	12, // 14: crivz.shim.v1.Shim.StartContainer:input_type -> crivz.shim.v1.StartContainerRequest
-	13, // 15: crivz.shim.v1.Shim.StopContainer:input_type -> crivz.shim.v1.StopContainerRequest
-	16, // 16: crivz.shim.v1.Shim.RemoveContainer:input_type -> crivz.shim.v1.RemoveContainerRequest
-	18, // 17: crivz.shim.v1.Shim.ReopenLog:input_type -> crivz.shim.v1.ReopenLogRequest
-	26, // 18: crivz.shim.v1.Shim.Exec:input_type -> crivz.guest.v1.ExecRequest
-	27, // 19: crivz.shim.v1.Shim.WaitExec:input_type -> crivz.guest.v1.WaitRequest
-	28, // 20: crivz.shim.v1.Shim.RemoveExec:input_type -> crivz.guest.v1.RemoveExecRequest
-	29, // 21: crivz.shim.v1.Shim.ResizePty:input_type -> crivz.guest.v1.ResizePtyRequest
-	30, // 22: crivz.shim.v1.Shim.UpdateContainer:input_type -> crivz.guest.v1.UpdateContainerRequest
-	14, // 23: crivz.shim.v1.Shim.AdjustMachine:input_type -> crivz.shim.v1.AdjustMachineRequest
-	31, // 24: crivz.shim.v1.Shim.Stats:input_type -> crivz.guest.v1.StatsRequest
-	20, // 25: crivz.shim.v1.Shim.Stop:input_type -> crivz.shim.v1.StopRequest
-	3,  // 26: crivz.shim.v1.Shim.Hello:output_type -> crivz.shim.v1.HelloResponse
-	5,  // 27: crivz.shim.v1.Shim.Watch:output_type -> crivz.shim.v1.PodState
-	8,  // 28: crivz.shim.v1.Shim.Boot:output_type -> crivz.shim.v1.BootResponse
-	10, // 29: crivz.shim.v1.Shim.CreateContainer:output_type -> crivz.shim.v1.CreateContainerResponse
-	6,  // 30: crivz.shim.v1.Shim.StartContainer:output_type -> crivz.shim.v1.ContainerState
-	6,  // 31: crivz.shim.v1.Shim.StopContainer:output_type -> crivz.shim.v1.ContainerState
-	17, // 32: crivz.shim.v1.Shim.RemoveContainer:output_type -> crivz.shim.v1.RemoveContainerResponse
-	19, // 33: crivz.shim.v1.Shim.ReopenLog:output_type -> crivz.shim.v1.ReopenLogResponse
-	32, // 34: crivz.shim.v1.Shim.Exec:output_type -> crivz.guest.v1.ExecResponse
-	33, // 35: crivz.shim.v1.Shim.WaitExec:output_type -> crivz.guest.v1.WaitResponse
-	34, // 36: crivz.shim.v1.Shim.RemoveExec:output_type -> crivz.guest.v1.RemoveExecResponse
-	35, // 37: crivz.shim.v1.Shim.ResizePty:output_type -> crivz.guest.v1.ResizePtyResponse
-	36, // 38: crivz.shim.v1.Shim.UpdateContainer:output_type -> crivz.guest.v1.UpdateContainerResponse
-	15, // 39: crivz.shim.v1.Shim.AdjustMachine:output_type -> crivz.shim.v1.AdjustMachineResponse
-	37, // 40: crivz.shim.v1.Shim.Stats:output_type -> crivz.guest.v1.StatsResponse
-	21, // 41: crivz.shim.v1.Shim.Stop:output_type -> crivz.shim.v1.StopResponse
-	26, // [26:42] is the sub-list for method output_type
-	10, // [10:26] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	26, // 10: crivz.shim.v1.Volume.uid_mappings:type_name -> crivz.guest.v1.IDMapping
+	26, // 11: crivz.shim.v1.Volume.gid_mappings:type_name -> crivz.guest.v1.IDMapping
+	2,  // 12: crivz.shim.v1.Shim.Hello:input_type -> crivz.shim.v1.HelloRequest
+	4,  // 13: crivz.shim.v1.Shim.Watch:input_type -> crivz.shim.v1.WatchRequest
+	7,  // 14: crivz.shim.v1.Shim.Boot:input_type -> crivz.shim.v1.BootRequest
+	9,  // 15: crivz.shim.v1.Shim.CreateContainer:input_type -> crivz.shim.v1.CreateContainerRequest
+	12, // 16: crivz.shim.v1.Shim.StartContainer:input_type -> crivz.shim.v1.StartContainerRequest
+	13, // 17: crivz.shim.v1.Shim.StopContainer:input_type -> crivz.shim.v1.StopContainerRequest
+	16, // 18: crivz.shim.v1.Shim.RemoveContainer:input_type -> crivz.shim.v1.RemoveContainerRequest
+	18, // 19: crivz.shim.v1.Shim.ReopenLog:input_type -> crivz.shim.v1.ReopenLogRequest
+	27, // 20: crivz.shim.v1.Shim.Exec:input_type -> crivz.guest.v1.ExecRequest
+	28, // 21: crivz.shim.v1.Shim.WaitExec:input_type -> crivz.guest.v1.WaitRequest
+	29, // 22: crivz.shim.v1.Shim.RemoveExec:input_type -> crivz.guest.v1.RemoveExecRequest
+	30, // 23: crivz.shim.v1.Shim.ResizePty:input_type -> crivz.guest.v1.ResizePtyRequest
+	31, // 24: crivz.shim.v1.Shim.UpdateContainer:input_type -> crivz.guest.v1.UpdateContainerRequest
+	14, // 25: crivz.shim.v1.Shim.AdjustMachine:input_type -> crivz.shim.v1.AdjustMachineRequest
+	32, // 26: crivz.shim.v1.Shim.Stats:input_type -> crivz.guest.v1.StatsRequest
+	20, // 27: crivz.shim.v1.Shim.Stop:input_type -> crivz.shim.v1.StopRequest
+	3,  // 28: crivz.shim.v1.Shim.Hello:output_type -> crivz.shim.v1.HelloResponse
+	5,  // 29: crivz.shim.v1.Shim.Watch:output_type -> crivz.shim.v1.PodState
+	8,  // 30: crivz.shim.v1.Shim.Boot:output_type -> crivz.shim.v1.BootResponse
+	10, // 31: crivz.shim.v1.Shim.CreateContainer:output_type -> crivz.shim.v1.CreateContainerResponse
+	6,  // 32: crivz.shim.v1.Shim.StartContainer:output_type -> crivz.shim.v1.ContainerState
+	6,  // 33: crivz.shim.v1.Shim.StopContainer:output_type -> crivz.shim.v1.ContainerState
+	17, // 34: crivz.shim.v1.Shim.RemoveContainer:output_type -> crivz.shim.v1.RemoveContainerResponse
+	19, // 35: crivz.shim.v1.Shim.ReopenLog:output_type -> crivz.shim.v1.ReopenLogResponse
+	33, // 36: crivz.shim.v1.Shim.Exec:output_type -> crivz.guest.v1.ExecResponse
+	34, // 37: crivz.shim.v1.Shim.WaitExec:output_type -> crivz.guest.v1.WaitResponse
+	35, // 38: crivz.shim.v1.Shim.RemoveExec:output_type -> crivz.guest.v1.RemoveExecResponse
+	36, // 39: crivz.shim.v1.Shim.ResizePty:output_type -> crivz.guest.v1.ResizePtyResponse
+	37, // 40: crivz.shim.v1.Shim.UpdateContainer:output_type -> crivz.guest.v1.UpdateContainerResponse
+	15, // 41: crivz.shim.v1.Shim.AdjustMachine:output_type -> crivz.shim.v1.AdjustMachineResponse
+	38, // 42: crivz.shim.v1.Shim.Stats:output_type -> crivz.guest.v1.StatsResponse
+	21, // 43: crivz.shim.v1.Shim.Stop:output_type -> crivz.shim.v1.StopResponse
+	28, // [28:44] is the sub-list for method output_type
+	12, // [12:28] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_sandbox_shim_api_shim_proto_init() }
