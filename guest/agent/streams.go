@@ -61,6 +61,7 @@ func (a *Agent) serveStreams(l net.Listener) error {
 
 func (a *Agent) serveStream(conn net.Conn) {
 	defer conn.Close()
+	conn = direct(conn)
 	_ = conn.SetDeadline(time.Now().Add(headerTimeout))
 	h, err := api.ReadHeader(conn)
 	if err != nil {
@@ -165,49 +166,6 @@ func (a *Agent) forwardPort(conn net.Conn, port uint16) {
 	_ = conn.SetDeadline(time.Time{})
 	join(s, target)
 }
-
-// join copies both ways until both have ended. An end of file of one side
-// becomes the other's; a break becomes a reset.
-func join(s *api.Stream, target *net.TCPConn) {
-	defer target.Close()
-	abort := sync.OnceFunc(func() {
-		_ = target.SetLinger(0) // close sends RST
-		target.Close()
-		_ = s.Conn().SetDeadline(past)
-	})
-	var both sync.WaitGroup
-	both.Go(func() {
-		buf := streamBuffers.Get().(*[]byte)
-		defer streamBuffers.Put(buf)
-		// onlyReader: splice knows no vsock, and a ReadFrom would allocate.
-		_, err := io.CopyBuffer(onlyWriter{target}, onlyReader{s}, *buf)
-		if err == nil {
-			err = target.CloseWrite()
-			if errors.Is(err, unix.ENOTCONN) {
-				err = nil
-			}
-		}
-		if err != nil {
-			s.Reset("connection broken: " + err.Error())
-			abort()
-		}
-	})
-	both.Go(func() {
-		buf := streamBuffers.Get().(*[]byte)
-		defer streamBuffers.Put(buf)
-		_, err := io.CopyBuffer(onlyWriter{s}, onlyReader{target}, *buf)
-		if err == nil {
-			err = s.CloseWrite()
-		}
-		if err != nil {
-			s.Reset("connection broken: " + err.Error())
-			abort()
-		}
-	})
-	both.Wait()
-}
-
-type onlyWriter struct{ io.Writer }
 
 // dialLoopback connects to a port of 127.0.0.1 or ::1 in a network namespace.
 func dialLoopback(netns int, port uint16) (*net.TCPConn, error) {

@@ -1,7 +1,6 @@
 package api
 
 import (
-	"bufio"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -56,6 +55,16 @@ const (
 	MaxID = 128
 
 	headerMagic = "CVZ1"
+
+	frameHeader = 5 // type, length
+	// maxData is the longest payload that is sent: Linux cuts what is written to a
+	// vsock into packets of 64 KiB, and a frame should be one.
+	maxData = 64<<10 - frameHeader
+	// writeBatch is how many frames go into one write.
+	writeBatch = 4
+	// smallRead is how much is read ahead for a caller who asks for less.
+	smallRead = 4 << 10
+	maxReason = 4 << 10
 )
 
 // Frame types.
@@ -125,22 +134,22 @@ func ReadHeader(r io.Reader) (Header, error) {
 type Stream struct {
 	conn net.Conn
 
-	in   *bufio.Reader // reader only
-	left int           // payload bytes of the current data frame; reader only
-	rerr error         // sticky; reader only
+	// Reader only.
+	in     []byte // read and not parsed, a part of small
+	small  []byte
+	head   [frameHeader]byte // of a frame that is not all there
+	headN  int
+	left   int    // payload bytes of the current data frame
+	reason []byte // of a reset that is not all there, else nil
+	rerr   error  // sticky
 
 	mu      sync.Mutex // serialises frames
-	out     []byte     // the frame being written; kept, for there are many
 	wclosed bool
 }
 
 // NewStream wraps a connection after its header was exchanged. The Stream owns
 // the connection.
-func NewStream(conn net.Conn) *Stream {
-	// Room for a frame's header and the payload behind it in one read: in a guest
-	// that is emulated, system calls are what streams cost.
-	return &Stream{conn: conn, in: bufio.NewReaderSize(conn, 32<<10)}
-}
+func NewStream(conn net.Conn) *Stream { return &Stream{conn: conn} }
 
 // Open sends h on conn and waits for the listener's answer. The caller bounds
 // the wait with a deadline on conn and clears it afterwards. On error conn is
@@ -196,68 +205,129 @@ func Accept(conn net.Conn, refusal error) (*Stream, error) {
 	return nil, refusal
 }
 
-// Read implements io.Reader; see [Stream] for its errors.
+// Read implements io.Reader; see [Stream] for its errors. It returns the payload
+// of as many frames as there are: in a guest that is emulated, what a stream costs
+// is system calls, and switches to whom the bytes go next.
 func (s *Stream) Read(p []byte) (int, error) {
-	if s.rerr != nil {
+	if len(p) == 0 {
 		return 0, s.rerr
 	}
-	for s.left == 0 {
-		var hdr [5]byte
-		if _, err := io.ReadFull(s.in, hdr[:]); err != nil {
-			if errors.Is(err, io.EOF) {
-				err = io.ErrUnexpectedEOF
+	n := 0
+	for n == 0 && s.rerr == nil {
+		raw := s.in
+		if len(raw) == 0 {
+			buf := p // frames are unpacked in place
+			if len(p) < smallRead {
+				if s.small == nil {
+					s.small = make([]byte, smallRead)
+				}
+				buf = s.small
 			}
-			s.rerr = err
-			return 0, err
+			k, err := s.conn.Read(buf)
+			if k == 0 && err != nil { // else it comes again
+				if errors.Is(err, io.EOF) {
+					err = io.ErrUnexpectedEOF
+				}
+				s.rerr = err
+			}
+			raw = buf[:k]
 		}
-		n := binary.LittleEndian.Uint32(hdr[1:])
+		n, s.in = s.unpack(p, raw)
+	}
+	if n > 0 {
+		return n, nil
+	}
+	return 0, s.rerr
+}
+
+// unpack parses raw and puts the payload into p, which raw may be the beginning
+// of. It returns how much that is, and what is left of raw when p is full.
+func (s *Stream) unpack(p, raw []byte) (n int, rest []byte) {
+	for len(raw) > 0 {
 		switch {
-		case n > MaxFrame:
-			s.rerr = fmt.Errorf("%w: frame of %d bytes", ErrProtocol, n)
-		case hdr[0] == frameData:
-			s.left = int(n)
-		case hdr[0] == frameEOF && n == 0:
-			s.rerr = io.EOF
-		case hdr[0] == frameReset && n <= 4096:
-			reason := make([]byte, n)
-			if _, err := io.ReadFull(s.in, reason); err != nil {
-				s.rerr = io.ErrUnexpectedEOF
-			} else {
-				s.rerr = &ResetError{Reason: string(reason)}
+		case s.left > 0:
+			if n == len(p) {
+				return n, raw
 			}
+			k := copy(p[n:], raw[:min(len(raw), s.left)])
+			n, raw, s.left = n+k, raw[k:], s.left-k
+		case s.reason != nil:
+			k := min(len(raw), cap(s.reason)-len(s.reason))
+			s.reason, raw = append(s.reason, raw[:k]...), raw[k:]
 		default:
-			s.rerr = fmt.Errorf("%w: frame type %d of %d bytes", ErrProtocol, hdr[0], n)
+			k := copy(s.head[s.headN:], raw)
+			if s.headN, raw = s.headN+k, raw[k:]; s.headN < frameHeader {
+				return n, nil
+			}
+			s.headN = 0
+			s.begin(s.head[0], binary.LittleEndian.Uint32(s.head[1:]))
+		}
+		if s.reason != nil && len(s.reason) == cap(s.reason) {
+			s.rerr = &ResetError{Reason: string(s.reason)}
 		}
 		if s.rerr != nil {
-			return 0, s.rerr
+			break // nothing counts after that
 		}
 	}
-	if len(p) == 0 {
-		return 0, nil
-	}
-	n, err := s.in.Read(p[:min(len(p), s.left)])
-	s.left -= n
-	if err != nil {
-		if errors.Is(err, io.EOF) {
-			err = io.ErrUnexpectedEOF
-		}
-		s.rerr = err
-	}
-	return n, err
+	return n, nil
 }
+
+// begin starts a frame.
+func (s *Stream) begin(typ byte, n uint32) {
+	switch {
+	case n > MaxFrame:
+		s.rerr = fmt.Errorf("%w: frame of %d bytes", ErrProtocol, n)
+	case typ == frameData:
+		s.left = int(n)
+	case typ == frameEOF && n == 0:
+		s.rerr = io.EOF
+	case typ == frameReset && n <= maxReason:
+		s.reason = make([]byte, 0, n)
+	default:
+		s.rerr = fmt.Errorf("%w: frame type %d of %d bytes", ErrProtocol, typ, n)
+	}
+}
+
+// batches are buffers for writeBatch frames.
+var batches = sync.Pool{New: func() any { b := make([]byte, 0, writeBatch*(frameHeader+maxData)); return &b }}
 
 // Write implements io.Writer.
 func (s *Stream) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out *[]byte
+	if len(p) > smallRead {
+		out = batches.Get().(*[]byte)
+		defer batches.Put(out)
+	} else {
+		b := make([]byte, 0, frameHeader+len(p))
+		out = &b
+	}
 	total := 0
 	for len(p) > 0 {
-		n := min(len(p), MaxFrame)
-		if err := s.frame(frameData, p[:n]); err != nil {
+		if s.wclosed {
+			return total, net.ErrClosed
+		}
+		// One write: a vsock packet costs more than a copy of it.
+		b, n := (*out)[:0], 0
+		for range writeBatch {
+			k := min(len(p), maxData)
+			if k == 0 {
+				break
+			}
+			b = append(appendHeader(b, frameData, k), p[:k]...)
+			p, n = p[k:], n+k
+		}
+		if _, err := s.conn.Write(b); err != nil {
 			return total, err
 		}
 		total += n
-		p = p[n:]
 	}
 	return total, nil
+}
+
+func appendHeader(b []byte, typ byte, n int) []byte {
+	return binary.LittleEndian.AppendUint32(append(b, typ), uint32(n))
 }
 
 // CloseWrite tells the peer that no more bytes come. Reading goes on.
@@ -291,11 +361,6 @@ func (s *Stream) frame(typ byte, p []byte) error {
 	if typ == frameEOF || typ == frameReset {
 		s.wclosed = true
 	}
-	var hdr [5]byte
-	hdr[0] = typ
-	binary.LittleEndian.PutUint32(hdr[1:], uint32(len(p)))
-	// One write per frame: a vsock packet costs more than a copy of it.
-	s.out = append(append(s.out[:0], hdr[:]...), p...)
-	_, err := s.conn.Write(s.out)
+	_, err := s.conn.Write(append(appendHeader(nil, typ, len(p)), p...))
 	return err
 }

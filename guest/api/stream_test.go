@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"math/rand/v2"
 	"net"
 	"strings"
 	"testing"
@@ -162,3 +163,45 @@ func TestResetReasonIsQuoted(t *testing.T) {
 		t.Error(got)
 	}
 }
+
+// Frames come apart and together in every way; the bytes are the same.
+func TestReadUnpacksAnyFrames(t *testing.T) {
+	r := rand.New(rand.NewPCG(3, 4))
+	for range 200 {
+		var wire, want []byte
+		for range 1 + r.IntN(20) {
+			p := make([]byte, []int{0, 1, 100, 5000, MaxFrame}[r.IntN(5)])
+			for i := range p {
+				p[i] = byte(r.Uint32())
+			}
+			wire, want = append(appendHeader(wire, frameData, len(p)), p...), append(want, p...)
+		}
+		end, reason := error(io.EOF), "the end"
+		if r.IntN(2) == 0 {
+			wire = appendHeader(wire, frameEOF, 0)
+		} else {
+			wire, end = append(appendHeader(wire, frameReset, len(reason)), reason...), &ResetError{Reason: reason}
+		}
+		wire = append(wire, "what follows does not count"...)
+		s := NewStream(script{r: readerFunc(func(p []byte) (int, error) {
+			n := copy(p[:1+r.IntN(len(p))], wire[:min(len(wire), 1+r.IntN(100_000))])
+			wire = wire[n:]
+			return n, nil
+		})})
+		var got []byte
+		var err error
+		for err == nil {
+			p := make([]byte, []int{1, 3, 500, smallRead, 10_000, 256 << 10}[r.IntN(6)])
+			var n int
+			n, err = s.Read(p)
+			got = append(got, p[:n]...)
+		}
+		if !bytes.Equal(got, want) || err.Error() != end.Error() {
+			t.Fatalf("read %d bytes of %d, then %v, want %v", len(got), len(want), err, end)
+		}
+	}
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }

@@ -403,8 +403,8 @@ func (o *output) pump() {
 		return
 	}
 	defer o.stream.Close()
-	bp := buffers.Get().(*[]byte)
-	defer buffers.Put(bp)
+	bp := smallBuffers.Get().(*[]byte)
+	defer smallBuffers.Put(bp)
 	for {
 		n, err := o.stream.Read(*bp)
 		if n > 0 {

@@ -12,7 +12,17 @@ import (
 // to see whether its client is still there.
 const vanishCheck = 2 * time.Second
 
-var buffers = sync.Pool{New: func() any { b := make([]byte, 64<<10); return &b }}
+// largeBuffer is for a direction that fills a small one: what goes to the guest in
+// one write is worked on there in one go.
+const (
+	smallBuffer = 16 << 10
+	largeBuffer = 256 << 10
+)
+
+var (
+	smallBuffers = sync.Pool{New: func() any { b := make([]byte, smallBuffer); return &b }}
+	largeBuffers = sync.Pool{New: func() any { b := make([]byte, largeBuffer); return &b }}
+)
 
 // splice copies the bytes of one data connection both ways, frames and all,
 // until either side closes, and closes both. Ends of file are frames, so that a
@@ -35,10 +45,21 @@ func splice(client net.Conn, guest net.Conn) {
 // copyUntilVanished copies src to dst; while dst doesn't take bytes it looks
 // whether client is still there.
 func copyUntilVanished(dst, src, client net.Conn) {
-	bp := buffers.Get().(*[]byte)
-	defer buffers.Put(bp)
-	buf := *bp
+	small := smallBuffers.Get().(*[]byte)
+	defer smallBuffers.Put(small)
+	var large *[]byte
+	release := func() {
+		if large != nil {
+			largeBuffers.Put(large)
+			large = nil
+		}
+	}
+	defer release()
 	for {
+		buf := *small
+		if large != nil {
+			buf = *large
+		}
 		n, err := src.Read(buf)
 		for p := buf[:n]; len(p) > 0; {
 			_ = dst.SetWriteDeadline(time.Now().Add(vanishCheck))
@@ -53,6 +74,11 @@ func copyUntilVanished(dst, src, client net.Conn) {
 		}
 		if err != nil {
 			return
+		}
+		if n <= smallBuffer/2 {
+			release()
+		} else if large == nil {
+			large = largeBuffers.Get().(*[]byte)
 		}
 	}
 }
