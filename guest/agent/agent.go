@@ -61,6 +61,8 @@ type Agent struct {
 	// networked is closed when a sandbox can be set up, booted when containers
 	// can be created.
 	networked, booted chan struct{}
+	// setUpBegun and setUpEnded are closed by the first SetUpSandbox.
+	setUpBegun, setUpEnded chan struct{}
 
 	bootMu  sync.Mutex // guards what boot finds out
 	steps   []namedStep
@@ -91,6 +93,8 @@ func newAgent(p paths, log *logger) *Agent {
 		end:        powerOff,
 		networked:  make(chan struct{}),
 		booted:     make(chan struct{}),
+		setUpBegun: make(chan struct{}),
+		setUpEnded: make(chan struct{}),
 		missing:    map[string]error{},
 		containers: map[string]*ctr{},
 	}

@@ -56,6 +56,7 @@ var (
 		{step{"kernel settings", kernelSettings}, ""},
 		{step{"network modules", loadNetwork}, ""},
 		{step{"sandbox can be set up", func(b *bootState) error { close(b.networked); return nil }}, ""},
+		{step{"sandbox set-up", awaitSetUp}, ""},
 		{step{"modules", loadRest}, ""},
 		{step{"loopback", func(*bootState) error { return setLoopback() }}, ""},
 		{step{"cgroups", mountCgroups}, "cgroup"},
@@ -398,6 +399,25 @@ func kernelSettings(b *bootState) error {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// setUpFirst is how long the rest of the boot waits for the host to ask for the
+// sandbox. It asks at once; the bound is for one that has something else in mind.
+const setUpFirst = 300 * time.Millisecond
+
+// awaitSetUp lets the sandbox's set-up go first. It is what the host waits for,
+// and an emulated guest has one CPU for both.
+func awaitSetUp(b *bootState) error {
+	select {
+	case <-b.setUpBegun:
+	case <-time.After(setUpFirst):
+		return nil
+	}
+	select {
+	case <-b.setUpEnded:
+	case <-time.After(setupTimeout):
+	}
+	return nil
 }
 
 func mountCgroups(b *bootState) error {

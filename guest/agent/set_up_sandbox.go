@@ -45,6 +45,8 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 	sb := &sandbox{pidMode: r.PidMode, ids: ids}
 	a.sandbox = sb
 	a.mu.Unlock()
+	close(a.setUpBegun)
+	defer close(a.setUpEnded)
 
 	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
 	defer cancel()

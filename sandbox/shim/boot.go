@@ -19,7 +19,8 @@ import (
 )
 
 const (
-	// dialEvery is the pause between two attempts to reach a booting agent.
+	// dialEvery is the pause between two attempts to reach a booting agent, which
+	// the agent cuts short: it writes a line to the console when it listens.
 	dialEvery = 20 * time.Millisecond
 	// dialAttempt bounds one attempt: a guest without its vsock driver yet
 	// doesn't even refuse.
@@ -282,6 +283,7 @@ func (s *Shim) awaitAgent(ctx context.Context, m vmm.Machine) (net.Conn, error) 
 		}
 		select {
 		case <-time.After(dialEvery):
+		case <-s.console.wrote:
 		case <-m.Done():
 		case <-ctx.Done():
 		}

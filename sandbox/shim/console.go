@@ -31,6 +31,7 @@ type console struct {
 	w     *os.File // the machine's end
 	r     *os.File
 	bytes atomic.Uint64
+	wrote chan struct{} // holds a token after each output
 	done  chan struct{}
 
 	mu   sync.Mutex
@@ -47,7 +48,7 @@ func openConsole(path string) (*console, error) {
 		f.Close()
 		return nil, fmt.Errorf("console: %w", err)
 	}
-	c := &console{r: r, w: w, done: make(chan struct{})}
+	c := &console{r: r, w: w, wrote: make(chan struct{}, 1), done: make(chan struct{})}
 	go c.copy(f)
 	return c, nil
 }
@@ -61,6 +62,10 @@ func (c *console) copy(f *os.File) {
 		n, err := c.r.Read(buf)
 		if n > 0 {
 			c.bytes.Add(uint64(n))
+			select {
+			case c.wrote <- struct{}{}:
+			default:
+			}
 			c.mu.Lock()
 			c.tail = append(c.tail, buf[:n]...)
 			if over := len(c.tail) - consoleQuote; over > 0 {
