@@ -130,6 +130,9 @@ func measureKind(o options, guests string, g image.Guest, yard latency) (err err
 	boot := p50(bare)
 	table("bare boot to ready, "+kind+" kernel", ms(boot), "", "")
 	table("RunPodSandbox, "+kind+" kernel", ms(p50(pods.run)), ratio(p50(pods.run), boot), "bare boot (goal: at most 1.25)")
+	for _, name := range pods.order {
+		table("  "+name, ms(p50(pods.steps[name])), "", "")
+	}
 	for _, c := range []struct {
 		name        string
 		mine, other []time.Duration
@@ -218,7 +221,7 @@ func sizes(guests string) error {
 }
 
 func table(name, value, ratio, to string) {
-	fmt.Printf("%-44s %14s %8s  %s\n", name, value, ratio, to)
+	fmt.Printf("%-56s %12s %6s  %s\n", name, value, ratio, to)
 }
 
 func ms(d time.Duration) string { return fmt.Sprintf("%.1f ms", float64(d.Microseconds())/1000) }

@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -75,10 +76,30 @@ func (n *node) load(path string) error {
 	}
 }
 
-// latency is what the calls of some rounds took.
-type latency struct{ run, create, start, exec, stop []time.Duration }
+// latency is what the calls of some rounds took, and the named steps of run.
+type latency struct {
+	run, create, start, exec, stop []time.Duration
+
+	steps map[string][]time.Duration
+	order []string // of steps
+}
+
+func (l *latency) addStep(name string, d time.Duration) {
+	if l.steps == nil {
+		l.steps = map[string][]time.Duration{}
+	}
+	if l.steps[name] == nil {
+		l.order = append(l.order, name)
+	}
+	l.steps[name] = append(l.steps[name], d)
+}
 
 func (l *latency) add(o latency) {
+	for _, name := range o.order {
+		for _, d := range o.steps[name] {
+			l.addStep(name, d)
+		}
+	}
 	l.run, l.create, l.start = append(l.run, o.run...), append(l.create, o.create...), append(l.start, o.start...)
 	l.exec, l.stop = append(l.exec, o.exec...), append(l.stop, o.stop...)
 }
@@ -111,6 +132,9 @@ func (n *node) round(l *latency, image string) (err error) {
 	}); err != nil {
 		return err
 	}
+	if err := n.steps(l, pod); err != nil {
+		return err
+	}
 	if err := timed(&l.create, func(ctx context.Context) (err error) {
 		container, err = n.create(ctx, pod, cfg, image, "sleep", "3600")
 		return err
@@ -136,6 +160,30 @@ func (n *node) round(l *latency, image string) (err error) {
 		_, err := n.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: pod})
 		return err
 	})
+}
+
+// steps adds what the verbose status tells of a pod's start; other runtimes' tells
+// nothing.
+func (n *node) steps(l *latency, pod string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	st, err := n.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: pod, Verbose: true})
+	if err != nil {
+		return err
+	}
+	var info struct {
+		Steps []struct {
+			Name         string
+			Milliseconds float64
+		}
+	}
+	if err := json.Unmarshal([]byte(st.GetInfo()["info"]), &info); err != nil {
+		return nil
+	}
+	for _, s := range info.Steps {
+		l.addStep(s.Name, time.Duration(s.Milliseconds*float64(time.Millisecond)))
+	}
+	return nil
 }
 
 func (n *node) podConfig() *runtimeapi.PodSandboxConfig {

@@ -156,7 +156,7 @@ func Image(arch string, cfg v1.Config, layers ...v1.Layer) (v1.Image, error) {
 }
 
 // tools are the program's names in /bin.
-var tools = []string{"sleep", "echo", "cat", "exit", "env", "id", "pwd", "ls", "tcp-echo", "udp-echo", "write", "flood", "trap-term", "oom", "spawn-zombies", "get", "hostname", "err", "count", "long", "detach"}
+var tools = []string{"sleep", "echo", "cat", "exit", "env", "id", "pwd", "ls", "tcp-echo", "tcp-traffic", "udp-echo", "write", "flood", "trap-term", "oom", "spawn-zombies", "get", "hostname", "err", "count", "long", "detach"}
 
 // WebServer is the demo's image: a web server on port 3000 as uid 1000, and the
 // program's other commands in /bin. The program is built in dir.

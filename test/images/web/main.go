@@ -19,6 +19,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/cri-vz/cri-vz/sandbox/vmm/vmmtest/traffic"
 )
 
 // command gets its arguments and returns the exit code.
@@ -26,7 +28,7 @@ type command func(args []string) (int, error)
 
 var commands = map[string]command{
 	"web": web, "sleep": sleep, "echo": echo, "cat": cat, "exit": exit, "env": env, "id": id, "pwd": pwd, "ls": ls,
-	"tcp-echo": tcpEcho, "udp-echo": udpEcho, "write": write, "flood": flood, "trap-term": trapTerm, "oom": oom,
+	"tcp-echo": tcpEcho, "tcp-traffic": tcpTraffic, "udp-echo": udpEcho, "write": write, "flood": flood, "trap-term": trapTerm, "oom": oom,
 	"spawn-zombies": spawnZombies, "orphan": orphan, "get": get, "hostname": hostname,
 	"err": errText, "count": count, "long": long, "detach": detach, "mount": mount, "fill": fill,
 }
@@ -221,6 +223,15 @@ func printInfo(name string, info os.FileInfo) {
 
 // tcpEcho returns to each connection on PORT what it sends.
 func tcpEcho(args []string) (int, error) {
+	return tcpServer(args, func(c net.Conn) { _, _ = io.Copy(c, c) })
+}
+
+// tcpTraffic serves measurements.
+func tcpTraffic(args []string) (int, error) {
+	return tcpServer(args, func(c net.Conn) { _ = traffic.Serve(c) })
+}
+
+func tcpServer(args []string, serve func(net.Conn)) (int, error) {
 	if len(args) != 1 {
 		return 2, errUsage
 	}
@@ -236,7 +247,7 @@ func tcpEcho(args []string) (int, error) {
 		}
 		go func() {
 			defer c.Close()
-			_, _ = io.Copy(c, c) // ends when the client does
+			serve(c) // ends when the client does
 		}()
 	}
 }

@@ -14,22 +14,38 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/mdlayher/vsock"
 	"golang.org/x/sys/unix"
+
+	"github.com/cri-vz/cri-vz/sandbox/vmm/vmmtest/traffic"
 )
 
-// port is where commands arrive; echoPort returns whatever it gets.
+// port is where commands arrive; echoPort returns whatever it gets; trafficPort
+// serves traffic, and relayPort is joined to a TCP server of traffic in another
+// process.
 const (
-	port     = 1024
-	echoPort = 1025
+	port        = 1024
+	echoPort    = 1025
+	trafficPort = 1125
+	relayPort   = 1126
+
+	tcpServer = "127.0.0.1:1127"
 )
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == "tcp-server" {
+		if err := serveTCP(); err != nil {
+			say("testinit: %v", err)
+		}
+		return
+	}
 	if err := boot(); err != nil {
 		say("testinit: %v", err)
 		power(unix.LINUX_REBOOT_CMD_POWER_OFF)
@@ -64,10 +80,16 @@ func boot() error {
 	if err := loadModules("/modules.list"); err != nil {
 		return err
 	}
-	for p, serve := range map[uint32]func(net.Conn){port: command, echoPort: echo} {
-		l, err := vsock.ListenContextID(unix.VMADDR_CID_ANY, p, nil)
+	for _, p := range []struct {
+		number uint32
+		serve  func(net.Conn)
+	}{
+		{echoPort, echo}, {trafficPort, serveTraffic}, {relayPort, relay},
+		{port, command}, // last: who is answered here may use the others
+	} {
+		l, err := vsock.ListenContextID(unix.VMADDR_CID_ANY, p.number, nil)
 		if err != nil {
-			return fmt.Errorf("listen on port %d: %w", p, err)
+			return fmt.Errorf("listen on port %d: %w", p.number, err)
 		}
 		go func() {
 			for {
@@ -76,7 +98,7 @@ func boot() error {
 					say("testinit: accept: %v", err)
 					return
 				}
-				go serve(c)
+				go p.serve(c)
 			}
 		}()
 	}
@@ -123,6 +145,78 @@ func power(how int) {
 func echo(c net.Conn) {
 	defer c.Close()
 	_, _ = io.Copy(c, c)
+}
+
+func serveTraffic(c net.Conn) {
+	defer c.Close()
+	if err := traffic.Serve(c); err != nil {
+		say("testinit: traffic: %v", err)
+	}
+}
+
+// startTCP starts the TCP server at the first need of it: nothing that a boot
+// should wait for.
+var startTCP = sync.OnceValue(func() error {
+	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(s)
+	up, err := unix.NewIfreq("lo")
+	if err != nil {
+		return err
+	}
+	up.SetUint16(unix.IFF_UP)
+	if err := unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, up); err != nil {
+		return fmt.Errorf("bring lo up: %w", err)
+	}
+	cmd := exec.Command("/proc/self/exe", "tcp-server")
+	cmd.Stderr = os.Stderr
+	ready, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err == nil {
+		_, err = ready.Read(make([]byte, 1))
+	}
+	return err
+})
+
+func serveTCP() error {
+	l, err := net.Listen("tcp", tcpServer)
+	if err != nil {
+		return err
+	}
+	fmt.Println("listening")
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		go serveTraffic(c)
+	}
+}
+
+// relay is the least that a forwarded port can be: it joins c to a TCP connection.
+func relay(c net.Conn) {
+	defer c.Close()
+	err := startTCP()
+	var t net.Conn
+	if err == nil {
+		t, err = net.Dial("tcp", tcpServer)
+	}
+	if err != nil {
+		say("testinit: relay: %v", err)
+		return
+	}
+	defer t.Close()
+	type reader struct{ io.Reader }
+	type writer struct{ io.Writer }
+	go func() {
+		_, _ = io.CopyBuffer(writer{t}, reader{c}, make([]byte, 256<<10))
+		t.Close()
+	}()
+	_, _ = io.CopyBuffer(writer{c}, reader{t}, make([]byte, 256<<10))
 }
 
 // command answers each line with "ok RESULT" or "error TEXT"; both are quoted.
