@@ -68,6 +68,7 @@ test-unit:
 
 test-vm:
 	$(SUDO) hack/real-root hack/with-fakevz hack/test-vm ./sandbox/vz
+	$(SUDO) hack/real-root hack/with-fakevz hack/test-vm -run '^TestPodOnVZ$$' ./sandbox
 	$(SUDO) hack/real-root hack/test-vm $(VM_PACKAGES)
 
 test-node: setup guest ## a kubelet and a control plane on cri-vz; builds them once, some 10 minutes

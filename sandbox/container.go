@@ -200,12 +200,17 @@ func (c *Container) request(cc *CreateContainer) (*shimapi.CreateContainerReques
 	}
 	prefix := c.id[:shortID] + "-"
 	names := make(map[string]bool)
+	files := make(map[string]bool)
 	var volumes []*shimapi.Volume
 	for _, v := range cc.Volumes {
 		if names[v.GetName()] {
 			return nil, fmt.Errorf("two volumes are named %q: %w", v.GetName(), errdefs.ErrInvalidArgument)
 		}
 		names[v.GetName()] = true
+		// Where there are no mounts, a single file is in a directory of its own.
+		if st, err := os.Stat(v.GetHostPath()); c.pod.pods.o.Driver.Name == shim.DriverVZ && err == nil {
+			files[v.GetName()] = st.Mode().IsRegular()
+		}
 		v = proto.CloneOf(v)
 		v.Name = prefix + v.GetName()
 		volumes = append(volumes, v)
@@ -218,6 +223,9 @@ func (c *Container) request(cc *CreateContainer) (*shimapi.CreateContainerReques
 				return nil, fmt.Errorf("mount %s is of volume %q, which is not among the volumes: %w", m.Destination, name, errdefs.ErrInvalidArgument)
 			}
 			spec.Mounts[i].Source = guestapi.VolumeScheme + prefix + name
+			if files[name] {
+				spec.Mounts[i].Source += "/" + shim.LinkedFile
+			}
 		}
 	}
 	b, err := json.Marshal(&spec)

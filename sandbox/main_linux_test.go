@@ -74,6 +74,9 @@ func fakeShim(podDir string, d *shimtest.Driver) int {
 	return 0
 }
 
+// guestArch is the guests' architecture, which another driver may change.
+var guestArch = runtime.GOARCH
+
 // built is what all tests with VMs share: a guest with this tree's agent and a
 // layer with the test program.
 var built struct {
@@ -97,7 +100,7 @@ func guestAndLayer(t testing.TB) (Guest, string) {
 			built.dir = dir
 			for _, b := range [][2]string{{"agent", "../cmd/cri-vz-agent"}, {"app", "./testdata/app"}} {
 				cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", filepath.Join(dir, b[0]), b[1])
-				cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+				cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOARCH="+guestArch)
 				if out, err := cmd.CombinedOutput(); err != nil {
 					return fmt.Errorf("build %s: %w\n%s", b[1], err, out)
 				}
@@ -106,7 +109,7 @@ func guestAndLayer(t testing.TB) (Guest, string) {
 			if err != nil {
 				return err
 			}
-			o := image.Options{Dir: guests, Arch: runtime.GOARCH, Agent: filepath.Join(dir, "agent"), Kind: image.KindFast}
+			o := image.Options{Dir: guests, Arch: guestArch, Agent: filepath.Join(dir, "agent"), Kind: image.KindFast}
 			g, err := image.Build(context.Background(), o)
 			if err != nil { // nobody built that kernel
 				o.Kind = image.KindStock

@@ -114,6 +114,7 @@ func (s *Shim) bootOnce(ctx context.Context, sandbox *guestapi.SetUpSandboxReque
 	if err := m.Start(ctx); err != nil {
 		return fmt.Errorf("vm start: %w", err)
 	}
+	s.volumes.attach(m)
 	s.step("vm start", start)
 
 	start = time.Now()
@@ -211,7 +212,7 @@ func (s *Shim) machineConfig() (vmm.Config, error) {
 		Disks:      []vmm.Disk{{Serial: guestapi.DiskScratch, Path: filepath.Join(c.PodDir, ScratchFile)}},
 		Shares: []vmm.Share{
 			{Tag: guestapi.ShareLayers, Dir: filepath.Join(c.PodDir, LayersDir), ReadOnly: true},
-			{Tag: guestapi.ShareVolumes, Dir: filepath.Join(c.PodDir, VolumesDir)},
+			s.volumes.share(),
 		},
 	}
 	if err := os.MkdirAll(mc.RunDir, 0o700); err != nil {

@@ -44,9 +44,15 @@ const maxSocketPath = 103
 // maxConfig bounds a configuration file.
 const maxConfig = 1 << 20
 
-// Driver names a hypervisor driver and its settings.
+// Names of hypervisor drivers.
+const (
+	DriverQEMU = "qemu" // Linux
+	DriverVZ   = "vz"   // macOS
+)
+
+// Driver names a hypervisor driver and its settings, which are QEMU's.
 type Driver struct {
-	// Name is "qemu" on Linux.
+	// Name is DriverQEMU or DriverVZ.
 	Name string `json:"name"`
 	// Accel is "auto", "kvm" or "tcg"; empty is "auto".
 	Accel string `json:"accel,omitempty"`

@@ -9,44 +9,10 @@ import (
 	"path/filepath"
 	"strconv"
 
-	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
-	"k8s.io/klog/v2"
 
-	"github.com/cri-vz/cri-vz/sandbox/qemu"
 	"github.com/cri-vz/cri-vz/sandbox/vmm"
 )
-
-// Main is the hidden command "shim POD_DIR": it runs in a session and a mount
-// namespace of its own, which package sandbox gave it, until the pod is
-// stopped. It returns the exit code.
-func Main(args []string) int {
-	if len(args) != 1 {
-		fmt.Fprintln(os.Stderr, "usage: shim POD_DIR (started by the daemon, not by hand)")
-		return 2
-	}
-	c, err := ReadConfig(args[0])
-	if err == nil {
-		defer openLog(filepath.Join(c.PodDir, LogFile))()
-		err = run(c, newDriver)
-	}
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		klog.ErrorS(err, "The shim ends", "pod", c.ID)
-		return 1
-	}
-	return 0
-}
-
-func newDriver(c Config) (vmm.Driver, error) {
-	if c.Driver.Name != "qemu" {
-		return nil, fmt.Errorf("there is no VM driver %q on Linux: use \"qemu\": %w", c.Driver.Name, errdefs.ErrInvalidArgument)
-	}
-	return qemu.New(qemu.Options{
-		Accel: qemu.Accel(c.Driver.Accel), CacheDir: c.Driver.CacheDir,
-		UID: c.Driver.UID, GID: c.Driver.GID,
-	})
-}
 
 // Run is Main with a driver of the caller's choice, for tests of what only a
 // process of its own can show.
@@ -69,7 +35,7 @@ func run(c Config, driver func(Config) (vmm.Driver, error)) error {
 		return fmt.Errorf("make the shim's mounts a slave of the host's: %w", err)
 	}
 	v := newVolumes(c)
-	if err := v.share(); err != nil {
+	if err := v.prepare(); err != nil {
 		return fmt.Errorf("pod %s: volumes share: %w", c.ID, err)
 	}
 	if c.HostMountFD > 0 {

@@ -25,7 +25,7 @@ type Shim struct {
 	cfg     Config
 	driver  vmm.Driver
 	tap     *os.File // nil: no NIC
-	volumes *volumes
+	volumes volumes
 	console *console
 
 	// gone is closed when the VM is gone for good; reason and vm say so then.
@@ -57,7 +57,7 @@ type Shim struct {
 }
 
 // New makes a shim for c. It takes ownership of tap, which may be nil.
-func newShim(c Config, d vmm.Driver, tap *os.File, v *volumes) (*Shim, error) {
+func newShim(c Config, d vmm.Driver, tap *os.File, v volumes) (*Shim, error) {
 	con, err := openConsole(filepath.Join(c.PodDir, ConsoleFile))
 	if err != nil {
 		return nil, err
@@ -80,7 +80,7 @@ func Serve(ctx context.Context, c Config, d vmm.Driver, tap *os.File) error {
 	return serve(ctx, c, d, tap, newVolumes(c))
 }
 
-func serve(ctx context.Context, c Config, d vmm.Driver, tap *os.File, v *volumes) error {
+func serve(ctx context.Context, c Config, d vmm.Driver, tap *os.File, v volumes) error {
 	if tap != nil {
 		defer tap.Close()
 	}

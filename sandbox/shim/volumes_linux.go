@@ -5,21 +5,20 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"regexp"
 	"runtime"
-	"strconv"
 	"sync"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	guestapi "github.com/cri-vz/cri-vz/guest/api"
 	shimapi "github.com/cri-vz/cri-vz/sandbox/shim/api"
+	"github.com/cri-vz/cri-vz/sandbox/vmm"
 )
 
-// volumes are the host paths in the share "volumes": bind mounts below dir, in
-// the shim's own mount namespace, so that a shim that is killed leaves none
-// behind (T2).
-type volumes struct {
+// mountedVolumes are bind mounts below dir, in the shim's own mount namespace, so
+// that a shim that is killed leaves none behind (T2).
+type mountedVolumes struct {
 	dir string
 	// hostMountFD is the daemon's mount namespace, in which host paths are
 	// looked up: a private "/" would keep later mounts from the shim's. 0: the
@@ -31,13 +30,22 @@ type volumes struct {
 	mounted map[string]bool
 }
 
-func newVolumes(c Config) *volumes {
-	return &volumes{dir: filepath.Join(c.PodDir, VolumesDir), hostMountFD: c.HostMountFD, hostRootFD: c.HostRootFD, mounted: make(map[string]bool)}
+func newVolumes(c Config) volumes {
+	if c.Driver.Name == DriverVZ {
+		return newLiveVolumes(c) // which is how its stand-in is tested
+	}
+	return &mountedVolumes{dir: filepath.Join(c.PodDir, VolumesDir), hostMountFD: c.HostMountFD, hostRootFD: c.HostRootFD, mounted: make(map[string]bool)}
 }
 
-// share makes dir a shared mount of its own, before the machine starts: mounts
+func (v *mountedVolumes) share() vmm.Share {
+	return vmm.Share{Tag: guestapi.ShareVolumes, Dir: v.dir}
+}
+
+func (v *mountedVolumes) attach(vmm.Machine) {}
+
+// prepare makes dir a shared mount of its own, before the machine starts: mounts
 // made in it later reach virtiofsd in its own namespace.
-func (v *volumes) share() error {
+func (v *mountedVolumes) prepare() error {
 	if err := os.MkdirAll(v.dir, 0o755); err != nil {
 		return err
 	}
@@ -56,17 +64,12 @@ func (v *volumes) share() error {
 	return nil
 }
 
-var volumeName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,200}$`)
-
 // add mounts a host path as v.Name below the share.
-func (v *volumes) add(vol *shimapi.Volume) (err error) {
+func (v *mountedVolumes) add(vol *shimapi.Volume) (err error) {
+	if err := checkVolume(vol); err != nil {
+		return err
+	}
 	name := vol.GetName()
-	if !volumeName.MatchString(name) {
-		return fmt.Errorf("volume name %q: %w", name, errdefs.ErrInvalidArgument)
-	}
-	if !filepath.IsAbs(vol.GetHostPath()) {
-		return fmt.Errorf("host path %q is not absolute: %w", vol.GetHostPath(), errdefs.ErrInvalidArgument)
-	}
 	v.mu.Lock()
 	taken := v.mounted[name]
 	v.mounted[name] = true
@@ -126,7 +129,7 @@ func (v *volumes) add(vol *shimapi.Volume) (err error) {
 }
 
 // clone makes a detached copy of the mount tree at path, as the daemon sees it.
-func (v *volumes) clone(path string) (tree int, isDir bool, err error) {
+func (v *mountedVolumes) clone(path string) (tree int, isDir bool, err error) {
 	if v.hostMountFD == 0 {
 		return cloneTree(path)
 	}
@@ -173,20 +176,8 @@ func cloneTree(path string) (int, bool, error) {
 	if err := unix.Fstat(fd, &st); err != nil {
 		return -1, false, err
 	}
-	var what string
-	switch st.Mode & unix.S_IFMT {
-	case unix.S_IFDIR, unix.S_IFREG:
-	case unix.S_IFSOCK:
-		what = "socket"
-	case unix.S_IFIFO:
-		what = "fifo"
-	case unix.S_IFCHR, unix.S_IFBLK:
-		what = "device"
-	default:
-		what = "file of mode " + strconv.FormatUint(uint64(st.Mode), 8)
-	}
-	if what != "" {
-		return -1, false, fmt.Errorf("host path %s is a %s, which can't be shared with a virtual machine; mount its directory or use a directory or regular file (T29): %w", path, what, errdefs.ErrInvalidArgument)
+	if err := shareable(path, st.Mode); err != nil {
+		return -1, false, err
 	}
 	isDir := st.Mode&unix.S_IFMT == unix.S_IFDIR
 	tree, err := unix.OpenTree(fd, "", unix.AT_EMPTY_PATH|unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE)
@@ -198,7 +189,7 @@ func cloneTree(path string) (int, bool, error) {
 
 // release unmounts volumes. Lazily: a file that the guest still has open keeps
 // nothing but itself.
-func (v *volumes) release(names []string) error {
+func (v *mountedVolumes) release(names []string) error {
 	var errs []error
 	for _, name := range names {
 		v.mu.Lock()
@@ -224,7 +215,7 @@ func (v *volumes) release(names []string) error {
 }
 
 // close unmounts everything.
-func (v *volumes) close() error {
+func (v *mountedVolumes) close() error {
 	v.mu.Lock()
 	var names []string
 	for n := range v.mounted {

@@ -67,8 +67,8 @@ func macOSVersion() (float64, error) {
 		minor = "0"
 	}
 	v, err := strconv.ParseFloat(major+"."+minor, 64)
-	if err != nil {
-		return 0, fmt.Errorf("version %q of macOS: %w", s, err)
+	if err != nil || v == 0 {
+		return 0, fmt.Errorf("version %q of macOS is none that is known: %w", s, errdefs.ErrUnknown)
 	}
 	return v, nil
 }

@@ -79,3 +79,11 @@ func TestSetShare(vm *VirtualMachine, tag string, share DirectoryShare) error {
 func TestDisconnect(vm *VirtualMachine, err error) {
 	vm.disconnected <- &DisconnectedError{Err: err}
 }
+
+// TestCrash ends a running machine as an error of the framework's does.
+func TestCrash(vm *VirtualMachine) {
+	vm.mu.Lock()
+	g := vm.guest
+	vm.mu.Unlock()
+	g.kill()
+}

@@ -132,6 +132,7 @@ func platformDefaults(c *Config) {
 	if runtime.GOOS != "darwin" {
 		return
 	}
+	c.VM.Driver = "vz"
 	if home, err := os.UserHomeDir(); err == nil {
 		c.Root = filepath.Join(home, "Library", "Application Support", "cri-vz")
 		c.Run = filepath.Join(home, ".cri-vz")
@@ -198,8 +199,8 @@ func (c *Config) validate() error {
 	if !map[string]bool{"auto": true, "kvm": true, "tcg": true}[c.VM.Accel] {
 		return fmt.Errorf("vm.accel: %q is none of auto, kvm and tcg", c.VM.Accel)
 	}
-	if c.VM.Driver != "qemu" {
-		return fmt.Errorf("vm.driver: %q is not there; there is: qemu", c.VM.Driver)
+	if !map[string]bool{"qemu": true, "vz": true}[c.VM.Driver] {
+		return fmt.Errorf("vm.driver: %q is none of qemu (Linux) and vz (macOS)", c.VM.Driver)
 	}
 	if !map[string]bool{"auto": true, "systemd": true, "cgroupfs": true}[c.Kubelet.CgroupDriver] {
 		return fmt.Errorf("kubelet.cgroup_driver: %q is none of auto, systemd and cgroupfs", c.Kubelet.CgroupDriver)

@@ -1,0 +1,200 @@
+//go:build fakevz
+
+package sandbox
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/cri-vz/cri-vz/sandbox/network"
+	"github.com/cri-vz/cri-vz/sandbox/scratch"
+	"github.com/cri-vz/cri-vz/sandbox/shim"
+	shimapi "github.com/cri-vz/cri-vz/sandbox/shim/api"
+)
+
+// natNetwork is a network as macOS has it: a NIC behind the host's own NAT, which is
+// QEMU's here.
+type natNetwork struct {
+	mu   sync.Mutex
+	pods []string
+}
+
+func (n *natNetwork) SetUp(_ context.Context, p network.Pod) (*network.Result, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.pods = append(n.pods, p.ID)
+	return &network.Result{
+		Interface: network.InterfaceName, MAC: "02:00:00:00:00:01", MTU: 1500,
+		Addresses: []netip.Prefix{netip.MustParsePrefix("10.0.2.15/24")},
+		Routes: []network.Route{
+			{Destination: netip.MustParsePrefix("10.0.2.0/24")},
+			{Destination: netip.MustParsePrefix("0.0.0.0/0"), Gateway: netip.MustParseAddr("10.0.2.2")},
+		},
+	}, nil
+}
+
+func (n *natNetwork) OpenTap(string) (*os.File, error) { return nil, nil }
+
+func (n *natNetwork) TearDown(_ context.Context, id string) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for i, p := range n.pods {
+		if p == id {
+			n.pods = append(n.pods[:i], n.pods[i+1:]...)
+			break
+		}
+	}
+	return nil
+}
+
+func (n *natNetwork) Pods() ([]string, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return append([]string(nil), n.pods...), nil
+}
+
+// A pod's life by the macOS driver, with the image that a Mac boots, the real agent, a
+// container and volumes, against the stand-in for the framework. // T47, T50
+func TestPodOnVZ(t *testing.T) {
+	guestArch = "arm64"
+	t.Setenv("FAKEVZ_ARCH", guestArch) // for the shim
+	guest, _ := guestAndLayer(t)
+	dir := shortTemp(t)
+	e := newEnv(t, Options{
+		Root: filepath.Join(dir, "root"), Run: filepath.Join(dir, "run"),
+		Driver:  shim.Driver{Name: shim.DriverVZ},
+		Guest:   func(string) (Guest, error) { return guest, nil },
+		Scratch: scratch.CreateScratch,
+		Network: &natNetwork{}, Boots: 1,
+		Classes:     map[string]Class{"": {MemoryBytes: 192 << 20}},
+		ShimCommand: []string{self(t), "shim"},
+		CgroupRoot:  "cri-vz-test-" + filepath.Base(dir),
+		Timeouts:    shim.Timeouts{Boot: shim.Duration(2 * time.Minute)},
+	})
+	start := time.Now()
+	p := e.run("mac")
+	t.Logf("ready after %.1f s", time.Since(start).Seconds())
+	if st := p.Status(); !st.Ready || len(st.IPs) != 1 {
+		t.Fatalf("status %+v", st)
+	}
+
+	t.Run("output and exit code", func(t *testing.T) {
+		c := e.start(e.create(p, "echo", nil, "echo", "hello"))
+		await(t, "exit", 20*time.Second, exited(c))
+		b, _ := os.ReadFile(c.Status().LogPath)
+		if s := c.Status(); s.ExitCode != 0 || !strings.Contains(string(b), "stdout F hello\n") {
+			t.Errorf("status %+v, log %q", s, b)
+		}
+	})
+
+	host := t.TempDir()
+	for name, content := range map[string]string{"dir/f": "in a directory", "fixed/f": "read-only", "single": "a file", "neighbour": "a secret"} {
+		path := filepath.Join(host, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mounts := func(volumes ...*shimapi.Volume) func(*CreateContainer) {
+		return func(cc *CreateContainer) {
+			for _, v := range volumes {
+				cc.Volumes = append(cc.Volumes, v)
+				cc.Spec.Mounts = append(cc.Spec.Mounts, specs.Mount{
+					Destination: "/data/" + v.Name, Type: "bind", Source: "volume://" + v.Name, Options: []string{"rbind"},
+				})
+			}
+		}
+	}
+	read := func(c *Container, path string) string {
+		t.Helper()
+		out, errOut, code := execIn(t, c, "/app", "read", path)
+		if code != 0 {
+			return "error: " + errOut
+		}
+		return out
+	}
+	t.Run("volumes of a pod that runs", func(t *testing.T) {
+		c := e.start(e.create(p, "vol", mounts(
+			&shimapi.Volume{Name: "dir", HostPath: filepath.Join(host, "dir")},
+			&shimapi.Volume{Name: "fixed", HostPath: filepath.Join(host, "fixed"), ReadOnly: true},
+			&shimapi.Volume{Name: "single", HostPath: filepath.Join(host, "single")},
+		), "sleep"))
+		for path, want := range map[string]string{"/data/dir/f": "in a directory", "/data/fixed/f": "read-only", "/data/single": "a file"} {
+			if got := read(c, path); got != want {
+				t.Errorf("%s: %q, want %q", path, got, want)
+			}
+		}
+		// T30: what is written in place shows, and the neighbours don't.
+		f, err := os.OpenFile(filepath.Join(host, "single"), os.O_WRONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.WriteString("A FILE"); err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+		await(t, "the file's new content", 5*time.Second, func() bool { return read(c, "/data/single") == "A FILE" })
+		shared, err := filepath.Glob(filepath.Join(p.dir, shim.FilesDir, "*", "*"))
+		if err != nil || len(shared) != 1 || filepath.Base(shared[0]) != shim.LinkedFile {
+			t.Errorf("shared as single files: %q, %v", shared, err)
+		}
+
+		// Another container's volumes leave the first one's alone.
+		second := e.start(e.create(p, "vol2", mounts(&shimapi.Volume{Name: "dir", HostPath: filepath.Join(host, "fixed")}), "sleep"))
+		if got := read(second, "/data/dir/f"); got != "read-only" {
+			t.Errorf("second container: %q", got)
+		}
+		if got := read(c, "/data/dir/f"); got != "in a directory" {
+			t.Errorf("first container after the second's start: %q", got)
+		}
+		if err := c.Remove(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := read(second, "/data/dir/f"); got != "read-only" {
+			t.Errorf("second container after the first's end: %q", got)
+		}
+		if left, _ := filepath.Glob(filepath.Join(p.dir, shim.FilesDir, "*")); len(left) != 0 {
+			t.Errorf("left behind: %q", left)
+		}
+	})
+	t.Run("what can't be a volume", func(t *testing.T) {
+		socket := filepath.Join(dir, "sock")
+		l, err := net.Listen("unix", socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		for path, want := range map[string]string{socket: "is a socket", filepath.Join(host, "none"): "doesn't exist"} { // T29
+			_, err := p.CreateContainer(t.Context(), e.container("bad", mounts(&shimapi.Volume{Name: "v", HostPath: path}), "sleep"))
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: %v, want %q", path, err, want)
+			}
+		}
+	})
+	t.Run("a daemon that restarts", func(t *testing.T) {
+		e.close()
+		e.open()
+		again, err := e.pods.Get(p.ID())
+		if err != nil || !again.Status().Ready {
+			t.Fatalf("pod after a restart: %v", err)
+		}
+		p = again
+	})
+	if err := p.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if st := p.Status(); st.Ready {
+		t.Errorf("ready after Stop: %+v", st)
+	}
+}
