@@ -67,6 +67,7 @@ var messages = []message{
 		{field: "hostname: longer than 64 bytes, or with spaces or control characters", reason: "it goes into `/etc/hosts`", pod: func(c *runtimeapi.PodSandboxConfig) { c.Hostname = "a b" }},
 		{field: "log_directory: relative", reason: "the client doesn't know the daemon's directory", pod: func(c *runtimeapi.PodSandboxConfig) { c.LogDirectory = "x" }},
 		{field: "windows", reason: "pods run Linux", pod: func(c *runtimeapi.PodSandboxConfig) { c.Windows = &runtimeapi.WindowsPodSandboxConfig{} }},
+		{field: "metadata: a name with spaces or control characters, and no hostname", reason: "the name is the hostname then", pod: func(c *runtimeapi.PodSandboxConfig) { c.Metadata.Name = "a\nb" }},
 	}, accepted: []meaning{
 		{"dns_config: none", "the host's resolv.conf, with loopback name servers replaced by the resolver's own"},
 	}},
@@ -118,6 +119,7 @@ var messages = []message{
 		{field: "pid: TARGET for a sandbox", reason: "there is no container yet", pod: namespaces(&runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_TARGET})},
 		{field: "pid: a container's NODE or POD that is not its sandbox's", reason: "its processes would not see each other", container: containerNamespaces(&runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_NODE})},
 		{field: "pid: TARGET without `target_id`", reason: "there is nothing to join", container: containerNamespaces(&runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_TARGET})},
+		{field: "target_id: not of a running container in the same pod", reason: "there is no namespace to join (`NotFound` and `FailedPrecondition` for one that is not there or doesn't run)"},
 		{field: "userns_options: with pid NODE", reason: "that pid namespace does not belong to the pod", pod: namespaces(&runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_NODE, UsernsOptions: userns(oneMapping, oneMapping)})},
 		{field: "userns_options: a container's that are not its sandbox's", reason: "the pod's namespaces belong to the sandbox's", container: containerNamespaces(&runtimeapi.NamespaceOption{UsernsOptions: userns(oneMapping, oneMapping)})},
 		{field: "userns_options: POD where the node can't", reason: "the state directory's file system or the kernel has no id-mapped mounts; `Status` says so"},

@@ -1,6 +1,7 @@
 package cri
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -78,6 +79,29 @@ func TestBadInput(t *testing.T) {
 			t.Fatalf("%d goroutines, there were %d; %d files, there were %d\n%s", runtime.NumGoroutine(), goroutines, openFiles(t), fds, b[:runtime.Stack(b, true)])
 		}
 		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// What fits into a message to the daemon and not into one to the shim is refused,
+// too.
+func TestLargeConfigs(t *testing.T) {
+	s := newTestServer(t)
+	g := newGenerator(t, s)
+	want := s.objects(t)
+	for _, mib := range []int{1, 5, 15} {
+		req := proto.Clone(g.good["CreateContainer"]).(*runtimeapi.CreateContainerRequest)
+		req.Config.Envs = []*runtimeapi.KeyValue{{Key: "LARGE", Value: bytes.Repeat([]byte("x"), mib<<20)}}
+		resp := &runtimeapi.CreateContainerResponse{}
+		err := s.conn.Invoke(t.Context(), runtimeapi.RuntimeService_CreateContainer_FullMethodName, req, resp)
+		if code := status.Code(err); !slices.Contains(answers, code) {
+			t.Errorf("%d MiB of environment: %v", mib, err)
+		}
+		if err == nil {
+			s.undo(t, resp)
+		}
+		if got := s.objects(t); got != want {
+			t.Errorf("%d MiB of environment: there is %s, was %s", mib, got, want)
+		}
 	}
 }
 

@@ -168,6 +168,20 @@ func TestRefusedHostPaths(t *testing.T) {
 	}
 }
 
+// T37: a device of the guest's own, with the permissions that were asked for.
+func TestGuestDevices(t *testing.T) {
+	tr := mustTranslate(t, container(func(c *runtimeapi.ContainerConfig) {
+		c.Devices = []*runtimeapi.Device{{HostPath: "/dev/fuse", ContainerPath: "/dev/f", Permissions: "r"}}
+	}))
+	dev, rules := tr.spec.Linux.Devices, tr.spec.Linux.Resources.Devices
+	if len(dev) != 1 || dev[0].Path != "/dev/f" || dev[0].Major != 10 || dev[0].Minor != 229 {
+		t.Errorf("devices %+v", dev)
+	}
+	if len(rules) != 1 || !rules[0].Allow || rules[0].Access != "r" || *rules[0].Major != 10 || *rules[0].Minor != 229 {
+		t.Errorf("rules %+v", rules)
+	}
+}
+
 func TestLogPathStaysInItsDirectory(t *testing.T) {
 	for path, want := range map[string]string{"a/0.log": "/logs/a/0.log", "": ""} {
 		if got, err := containerLogPath("/logs", path); err != nil || got != want {

@@ -11,6 +11,7 @@ import (
 
 	guestapi "github.com/cri-vz/cri-vz/guest/api"
 	"github.com/cri-vz/cri-vz/sandbox"
+	shimapi "github.com/cri-vz/cri-vz/sandbox/shim/api"
 )
 
 // CreateContainer implements the CRI call of that name.
@@ -49,6 +50,11 @@ func (s *Server) CreateContainer(ctx context.Context, req *runtimeapi.CreateCont
 	t, err := translate(pod.Config(), cfg, &img.Config)
 	if err != nil {
 		return nil, err
+	}
+	if t.pidTarget != "" {
+		if t.pidTarget, err = s.pidTarget(pod, t.pidTarget); err != nil {
+			return nil, err
+		}
 	}
 	c, err := pod.CreateContainer(ctx, sandbox.CreateContainer{
 		Config:   cfg,
@@ -106,6 +112,22 @@ func (s *Server) linkLayers(ctx context.Context, refOrID, dir string) ([]string,
 		names[i] = filepath.Base(l.Path)
 	}
 	return names, nil
+}
+
+// pidTarget finds the container whose pid namespace another one of the same pod
+// joins (T27).
+func (s *Server) pidTarget(pod *sandbox.Pod, id string) (string, error) {
+	const field = "config.linux.security_context.namespace_options.target_id"
+	c, err := s.Pods.Container(id)
+	switch {
+	case err != nil:
+		return "", fmt.Errorf("%s: %w", field, err)
+	case c.Pod() != pod:
+		return "", refuse(field, fmt.Sprintf("container %s is in another pod", c.ID()))
+	case c.Status().Phase != shimapi.Phase_RUNNING:
+		return "", fmt.Errorf("%s: container %s is not running: %w", field, c.ID(), errdefs.ErrFailedPrecondition)
+	}
+	return c.ID(), nil
 }
 
 // containerLogPath joins the two halves of a log's path that the CRI keeps

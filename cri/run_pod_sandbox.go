@@ -54,6 +54,8 @@ func (s *Server) checkPodSandbox(c *runtimeapi.PodSandboxConfig, handler string)
 		return refuse("config.hostname", "is longer than the kernel's 64 bytes")
 	case notAWord(c.GetHostname()):
 		return refuse("config.hostname", fmt.Sprintf("%q has spaces or control characters", c.GetHostname()))
+	case c.GetHostname() == "" && notAWord(m.GetName()):
+		return refuse("config.metadata.name", fmt.Sprintf("%q has spaces or control characters, and would be the hostname", m.GetName()))
 	case c.GetWindows() != nil:
 		return refuse("config.windows", "pods run Linux")
 	}
