@@ -41,6 +41,8 @@ type options struct {
 	endpoint string
 	focus    string
 	out      string
+	// websocket: the streaming specs use it instead of SPDY.
+	websocket bool
 }
 
 func main() {
@@ -49,6 +51,7 @@ func main() {
 	flag.StringVar(&o.registry, "registry", os.Getenv("CRITEST_REGISTRY"), "HOST:PORT of a plain HTTP registry that has critest's images")
 	flag.StringVar(&o.endpoint, "endpoint", os.Getenv("CRI_SOCKET"), "unix://PATH of a runtime that runs already, in this network namespace")
 	flag.StringVar(&o.focus, "focus", "", "regular expression: run these specs only, and want no number of passes")
+	flag.BoolVar(&o.websocket, "websocket", false, "exec, attach and port-forward over WebSocket instead of SPDY")
 	flag.StringVar(&o.out, "out", "bin", "directory for critest.log and critest.json")
 	flag.Parse()
 	code, err := run(o)
@@ -213,6 +216,9 @@ func critest(o options) (int, error) {
 	least := leastPassed
 	if o.focus != "" {
 		args, least = append(args, "-ginkgo.focus", o.focus), 0
+	}
+	if o.websocket {
+		args = append(args, "-websocket-exec", "-websocket-attach", "-websocket-portforward")
 	}
 	if o.parallel > 1 {
 		args = append(args, "-parallel", fmt.Sprint(o.parallel))
