@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
+	"unicode/utf8"
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -232,11 +234,19 @@ func (c *Container) request(cc *CreateContainer) (*shimapi.CreateContainerReques
 	if err != nil {
 		return nil, fmt.Errorf("spec: %w", err)
 	}
+	// Beside the spec, which an agent of an older daemon's goes by, and only where
+	// the spec would change it.
+	var env [][]byte
+	if p := spec.Process; p != nil && slices.ContainsFunc(p.Env, func(s string) bool { return !utf8.ValidString(s) }) {
+		for _, s := range p.Env {
+			env = append(env, []byte(s))
+		}
+	}
 	return &shimapi.CreateContainerRequest{
 		Container: &guestapi.CreateContainerRequest{
 			Id: c.id, Spec: b, Layers: layers, User: cc.User,
 			PidMode: cc.PidMode, PidTarget: cc.PidTarget,
-			Stdin: cc.Stdin, StdinOnce: cc.StdinOnce, Tty: cc.TTY,
+			Stdin: cc.Stdin, StdinOnce: cc.StdinOnce, Tty: cc.TTY, Env: env,
 		},
 		Volumes: volumes, LogPath: cc.LogPath, Tty: cc.TTY,
 	}, nil

@@ -73,6 +73,12 @@ func (a *Agent) create(c *ctr, sb *sandbox, r *api.CreateContainerRequest) error
 	if spec.Process == nil || len(spec.Process.Args) == 0 {
 		return invalidf("OCI spec: process.args is empty: there is no command to execute")
 	}
+	if len(r.Env) > 0 {
+		spec.Process.Env = nil
+		for _, b := range r.Env {
+			spec.Process.Env = append(spec.Process.Env, string(b))
+		}
+	}
 	if spec.Linux == nil {
 		spec.Linux = &specs.Linux{}
 	}

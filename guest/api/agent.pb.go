@@ -766,13 +766,16 @@ type CreateContainerRequest struct {
 	// share "volumes"; one whose Type is "image" lists layers (image volumes).
 	Spec []byte `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
 	// layers are file names in the share "layers", the lowest layer first.
-	Layers        []string      `protobuf:"bytes,3,rep,name=layers,proto3" json:"layers,omitempty"`
-	User          *User         `protobuf:"bytes,4,opt,name=user,proto3" json:"user,omitempty"`
-	PidMode       NamespaceMode `protobuf:"varint,5,opt,name=pid_mode,json=pidMode,proto3,enum=crivz.guest.v1.NamespaceMode" json:"pid_mode,omitempty"`
-	PidTarget     string        `protobuf:"bytes,6,opt,name=pid_target,json=pidTarget,proto3" json:"pid_target,omitempty"`  // container id when pid_mode is TARGET
-	Stdin         bool          `protobuf:"varint,7,opt,name=stdin,proto3" json:"stdin,omitempty"`                          // keep a stdin stream; else stdin is /dev/null
-	StdinOnce     bool          `protobuf:"varint,8,opt,name=stdin_once,json=stdinOnce,proto3" json:"stdin_once,omitempty"` // the first stdin stream's EOF closes stdin
-	Tty           bool          `protobuf:"varint,9,opt,name=tty,proto3" json:"tty,omitempty"`
+	Layers    []string      `protobuf:"bytes,3,rep,name=layers,proto3" json:"layers,omitempty"`
+	User      *User         `protobuf:"bytes,4,opt,name=user,proto3" json:"user,omitempty"`
+	PidMode   NamespaceMode `protobuf:"varint,5,opt,name=pid_mode,json=pidMode,proto3,enum=crivz.guest.v1.NamespaceMode" json:"pid_mode,omitempty"`
+	PidTarget string        `protobuf:"bytes,6,opt,name=pid_target,json=pidTarget,proto3" json:"pid_target,omitempty"`  // container id when pid_mode is TARGET
+	Stdin     bool          `protobuf:"varint,7,opt,name=stdin,proto3" json:"stdin,omitempty"`                          // keep a stdin stream; else stdin is /dev/null
+	StdinOnce bool          `protobuf:"varint,8,opt,name=stdin_once,json=stdinOnce,proto3" json:"stdin_once,omitempty"` // the first stdin stream's EOF closes stdin
+	Tty       bool          `protobuf:"varint,9,opt,name=tty,proto3" json:"tty,omitempty"`
+	// env, if not empty, is the environment instead of the spec's: that is JSON,
+	// which can't hold values that are no UTF-8.
+	Env           [][]byte `protobuf:"bytes,10,rep,name=env,proto3" json:"env,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -868,6 +871,13 @@ func (x *CreateContainerRequest) GetTty() bool {
 		return x.Tty
 	}
 	return false
+}
+
+func (x *CreateContainerRequest) GetEnv() [][]byte {
+	if x != nil {
+		return x.Env
+	}
+	return nil
 }
 
 // User says who runs a process; the guest resolves names, because only it sees
@@ -2680,7 +2690,7 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x14\n" +
 	"\x05names\x18\x02 \x03(\tR\x05names\"B\n" +
 	"\x14SetUpSandboxResponse\x12*\n" +
-	"\x05steps\x18\x01 \x03(\v2\x14.crivz.guest.v1.StepR\x05steps\"\x9e\x02\n" +
+	"\x05steps\x18\x01 \x03(\v2\x14.crivz.guest.v1.StepR\x05steps\"\xb0\x02\n" +
 	"\x16CreateContainerRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04spec\x18\x02 \x01(\fR\x04spec\x12\x16\n" +
@@ -2692,7 +2702,9 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"\x05stdin\x18\a \x01(\bR\x05stdin\x12\x1d\n" +
 	"\n" +
 	"stdin_once\x18\b \x01(\bR\tstdinOnce\x12\x10\n" +
-	"\x03tty\x18\t \x01(\bR\x03tty\"\xae\x01\n" +
+	"\x03tty\x18\t \x01(\bR\x03tty\x12\x10\n" +
+	"\x03env\x18\n" +
+	" \x03(\fR\x03env\"\xae\x01\n" +
 	"\x04User\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x15\n" +
 	"\x03uid\x18\x02 \x01(\x03H\x00R\x03uid\x88\x01\x01\x12\x15\n" +

@@ -33,6 +33,8 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"slices"
+	"unicode/utf8"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -130,7 +132,19 @@ func invalid(format string, args ...any) error {
 // WriteConfig sends a Config to container-init or exec-init. It blocks until
 // the child reads: bound it with a deadline on w.
 func WriteConfig(w io.Writer, config *Config) error {
-	return writeMessage(w, config, maxConfig)
+	wire := wireConfig{Config: config}
+	if p := config.Spec.Process; p != nil && slices.ContainsFunc(p.Env, func(s string) bool { return !utf8.ValidString(s) }) {
+		for _, s := range p.Env {
+			wire.Env = append(wire.Env, []byte(s))
+		}
+	}
+	return writeMessage(w, &wire, maxConfig)
+}
+
+// wireConfig is a Config with an environment that JSON strings can't hold.
+type wireConfig struct {
+	*Config
+	Env [][]byte `json:"env,omitempty"`
 }
 
 // ReadReport waits for the outcome: nil once the command has been executed, an
@@ -225,8 +239,15 @@ func runSteps(steps []step) error {
 		return &Error{"start", fmt.Sprintf("mark descriptors close-on-exec: %v", err), ClassOther}
 	}
 	p := &process{}
-	if err := readMessage(rawFD(ConfigFD), &p.config, maxConfig); err != nil {
+	wire := wireConfig{Config: &p.config}
+	if err := readMessage(rawFD(ConfigFD), &wire, maxConfig); err != nil {
 		return &Error{"start", fmt.Sprintf("read configuration from descriptor %d: %v", ConfigFD, err), ClassOther}
+	}
+	if process := p.config.Spec.Process; process != nil && wire.Env != nil {
+		process.Env = nil
+		for _, b := range wire.Env {
+			process.Env = append(process.Env, string(b))
+		}
 	}
 	for _, s := range steps {
 		if err := s.run(p); err != nil {
