@@ -21,5 +21,5 @@ func (s *Server) ContainerStats(ctx context.Context, req *runtimeapi.ContainerSt
 	if g == nil {
 		return nil, errNoStats(c)
 	}
-	return &runtimeapi.ContainerStatsResponse{Stats: s.containerStats(c, sm.usage(g, c.Status().CreatedAt), sm.at)}, nil
+	return &runtimeapi.ContainerStatsResponse{Stats: s.containerStats(c, g, sm)}, nil
 }

@@ -270,11 +270,12 @@ func rate(nanos uint64, elapsed int64) uint64 {
 
 func value(n uint64) *runtimeapi.UInt64Value { return &runtimeapi.UInt64Value{Value: n} }
 
-func (s *Server) cpuUsage(id string, u *guestapi.ContainerStats, at time.Time, started int64) *runtimeapi.CpuUsage {
+// cpuUsage is no more at any time than what the VM has.
+func (s *Server) cpuUsage(id string, u *guestapi.ContainerStats, sm *sample, started int64) *runtimeapi.CpuUsage {
 	return &runtimeapi.CpuUsage{
-		Timestamp:            at.UnixNano(),
+		Timestamp:            sm.at.UnixNano(),
 		UsageCoreNanoSeconds: value(u.GetCpuUsageNanos()),
-		UsageNanoCores:       value(s.rates.nanoCores(id, u.GetCpuUsageNanos(), at, started)),
+		UsageNanoCores:       value(min(s.rates.nanoCores(id, u.GetCpuUsageNanos(), sm.at, started), uint64(max(sm.vm.CPUs, 1))*1e9)),
 		Psi:                  psi(u, "cpu"),
 	}
 }
@@ -324,15 +325,15 @@ func psi(u *guestapi.ContainerStats, resource string) *runtimeapi.PsiStats {
 	return out
 }
 
-// containerStats translates what the guest said of a container. u is within
-// bounds.
-func (s *Server) containerStats(c *sandbox.Container, u *guestapi.ContainerStats, at time.Time) *runtimeapi.ContainerStats {
+// containerStats translates what the guest said of a container.
+func (s *Server) containerStats(c *sandbox.Container, g *guestapi.ContainerStats, sm *sample) *runtimeapi.ContainerStats {
 	cfg, st := c.Config(), c.Status()
+	u, at := sm.usage(g, st.CreatedAt), sm.at
 	return &runtimeapi.ContainerStats{
 		Attributes: &runtimeapi.ContainerAttributes{
 			Id: c.ID(), Metadata: cfg.GetMetadata(), Labels: cfg.GetLabels(), Annotations: cfg.GetAnnotations(),
 		},
-		Cpu:    s.cpuUsage(c.ID(), u, at, max(st.StartedAt, st.CreatedAt)),
+		Cpu:    s.cpuUsage(c.ID(), u, sm, max(st.StartedAt, st.CreatedAt)),
 		Memory: memoryUsage(u, at, c.Resources().GetMemoryLimitInBytes()),
 		WritableLayer: &runtimeapi.FilesystemUsage{
 			Timestamp: at.UnixNano(),
@@ -359,7 +360,7 @@ func (s *Server) statsOf(sm *sample, keep func(*sandbox.Container) bool) []*runt
 			continue
 		}
 		if g := sm.of(c.ID()); g != nil {
-			out = append(out, s.containerStats(c, sm.usage(g, c.Status().CreatedAt), sm.at))
+			out = append(out, s.containerStats(c, g, sm))
 		}
 	}
 	return out
@@ -370,7 +371,7 @@ func (s *Server) podStats(sm *sample) *runtimeapi.PodSandboxStats {
 	cfg, created := sm.pod.Config(), sm.pod.Status().CreatedAt
 	u := sm.usage(sm.resp.GetPod(), created)
 	linux := &runtimeapi.LinuxPodSandboxStats{
-		Cpu:        s.cpuUsage(sm.pod.ID(), u, sm.at, created),
+		Cpu:        s.cpuUsage(sm.pod.ID(), u, sm, created),
 		Memory:     memoryUsage(u, sm.at, sm.vm.MemoryBytes),
 		Network:    &runtimeapi.NetworkUsage{Timestamp: sm.at.UnixNano()},
 		Process:    &runtimeapi.ProcessUsage{Timestamp: sm.at.UnixNano(), ProcessCount: value(u.GetProcesses())},

@@ -68,6 +68,11 @@ func TestStatsOfAHostileGuest(t *testing.T) {
 	if psi(u, "cpu").GetSome().GetTotal() != 10e9 {
 		t.Errorf("psi %v: not in nanoseconds", psi(u, "cpu"))
 	}
+	var srv Server
+	srv.cpuUsage("c", &guestapi.ContainerStats{}, &sample{at: at.Add(-time.Second), vm: sm.vm}, 0)
+	if c := srv.cpuUsage("c", u, sm, 0); c.GetUsageNanoCores().GetValue() != 2e9 {
+		t.Errorf("%v: more than the VM's 2 CPUs", c.GetUsageNanoCores())
+	}
 	// A guest with a clock of its own, or none: nothing has run for a negative time.
 	if u := sm.usage(hostile(), at.Add(time.Hour).UnixNano()); u.GetCpuUsageNanos() != 0 {
 		t.Errorf("%d ns of CPU time in less than no time", u.GetCpuUsageNanos())
