@@ -3,6 +3,7 @@
 package e2e_test
 
 import (
+	"io"
 	"slices"
 	"strings"
 	"testing"
@@ -11,6 +12,8 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cri-vz/cri-vz/test/streamclient"
 )
 
 // A variable's value is bytes, in the container's own process and in an exec.
@@ -82,5 +85,33 @@ func TestStopSignals(t *testing.T) {
 				t.Errorf("exit code %d after %v, want %d", st.GetExitCode(), time.Since(began), c.code)
 			}
 		})
+	}
+}
+
+// A container's terminal has a name that is that terminal's, for its own process
+// and for an exec.
+func TestTerminalsHaveNames(t *testing.T) {
+	p := sharedPodOf(t)
+	id := p.start(t, "named-tty", command("/app/web", "tty"), func(c *runtimeapi.ContainerConfig) { c.Tty = true })
+	st := p.waitExit(t, id, 30*time.Second)
+	if log := readLog(t, st.GetLogPath()); st.GetExitCode() != 0 || strings.TrimSpace(log.stdout) != "/dev/console" {
+		t.Errorf("exit code %d, log %+v", st.GetExitCode(), log)
+	}
+	r, err := p.Exec(timeout(t, callTimeout), &runtimeapi.ExecRequest{ContainerId: p.idle, Cmd: []string{"/app/web", "tty"}, Stdin: true, Stdout: true, Tty: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := streamclient.WebSocket(r.GetUrl(), streamclient.Options{Stdin: true, Stdout: true, TTY: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	out := make(chan string, 1)
+	go func() { b, _ := io.ReadAll(s.Stdout); out <- string(b) }()
+	if code, err := s.ExitCode(); code != 0 || err != nil {
+		t.Errorf("exit code %d, %v", code, err)
+	}
+	if name := strings.TrimSpace(<-out); !strings.HasPrefix(name, "/dev/pts/") {
+		t.Errorf("an exec's terminal is %q", name)
 	}
 }

@@ -731,7 +731,7 @@ func TestTerminal(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	config := newConfig(root, "sh", "-c", "test /proc/self/fd/0 -ef /dev/console && echo same; tty; stty size; echo to-tty >/dev/tty; stat -c %u /dev/console")
+	config := newConfig(root, "sh", "-c", "test /proc/self/fd/0 -ef /dev/console && echo same; tty; readlink /proc/self/fd/1; stty size; echo to-tty >/dev/tty; stat -c %u /dev/console")
 	config.Spec.Process.Terminal = true
 	config.Spec.Process.ConsoleSize = &specs.Box{Height: 33, Width: 99}
 	config.User = &User{Name: "alice"}
@@ -751,7 +751,7 @@ func TestTerminal(t *testing.T) {
 	case <-time.After(10 * time.Second):
 		t.Fatal("the terminal was not closed within 10 s")
 	}
-	want := "same\n/dev/console\n33 99\nto-tty\n1000\n"
+	want := "same\n/dev/console\n/dev/console\n33 99\nto-tty\n1000\n"
 	if got := strings.ReplaceAll(out.String(), "\r", ""); c.report != nil || got != want {
 		t.Errorf("report %v, output\n%swant\n%s", c.report, got, want)
 	}

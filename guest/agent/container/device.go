@@ -3,6 +3,7 @@
 package container
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path"
@@ -173,8 +174,9 @@ func requireDevice(fd int, number uint64) error {
 	return nil
 }
 
-// bindConsole makes the terminal known as /dev/console, which is also where
-// ttyname(3) finds it: the slave itself lies in the guest's devpts.
+// bindConsole makes the terminal known as /dev/console, which is also its name
+// for ttyname(3) and in /proc/self/fd: the slave itself lies in the guest's
+// devpts.
 func bindConsole(p *process) error {
 	if !p.config.Spec.Process.Terminal {
 		return nil
@@ -201,6 +203,21 @@ func bindConsole(p *process) error {
 	}
 	if err := bindFile(p.root, source, "/dev/console"); err != nil {
 		return fmt.Errorf("mount terminal at /dev/console: %w", err)
+	}
+	// Descriptors that were opened elsewhere have a name that is nothing here, or
+	// somebody else's terminal.
+	console, err := openat2(p.root.fd, "dev/console", unix.O_RDWR|unix.O_NOCTTY, unix.RESOLVE_IN_ROOT|unix.RESOLVE_NO_SYMLINKS)
+	if errors.Is(err, unix.EACCES) {
+		return nil // root of a user namespace doesn't own it yet
+	}
+	if err != nil {
+		return fmt.Errorf("open /dev/console: %w", err)
+	}
+	defer unix.Close(console)
+	for fd := range 3 {
+		if err := unix.Dup3(console, fd, 0); err != nil {
+			return os.NewSyscallError("dup3", err)
+		}
 	}
 	return nil
 }
