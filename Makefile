@@ -27,8 +27,15 @@ UNIT_PACKAGES = $(filter-out $(VM_PACKAGES:.%=github.com/cri-vz/cri-vz%) %/test/
 
 .PHONY: build agent guest setup demo check lint test test-unit test-vm test-node test-long critest bench kernel clean
 
+# The Virtualization framework takes cgo, and a signature with an entitlement; one
+# that nobody vouches for will do on the Mac that made it.
 build: ## bin/cri-vz
+ifeq ($(shell uname -s),Darwin)
+	CGO_ENABLED=1 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/cri-vz ./cmd/cri-vz
+	codesign --force --sign - --entitlements hack/vz.entitlements bin/cri-vz
+else
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/cri-vz ./cmd/cri-vz
+endif
 
 agent: ## the guest agent for both architectures, at most 6 MiB each
 	for arch in amd64 arm64; do \

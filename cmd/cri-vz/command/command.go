@@ -86,7 +86,7 @@ or use any CRI client:
 	c := &client{}
 	root.PersistentFlags().StringVar(&c.endpoint, "connect", defaultEndpoint(), "the daemon's socket (or $CRI_VZ_SOCKET)")
 	root.AddGroup(&cobra.Group{ID: "node", Title: "The node:"}, &cobra.Group{ID: "pods", Title: "Pods and images:"})
-	for _, cmd := range []*cobra.Command{newServe(), newGuest(), newConfig()} {
+	for _, cmd := range []*cobra.Command{newServe(), newGuest(), newConfig(), newDoctor()} {
 		cmd.GroupID = "node"
 		root.AddCommand(cmd)
 	}
