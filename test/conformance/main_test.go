@@ -214,6 +214,7 @@ func shared(t *testing.T, pid runtimeapi.NamespaceMode) *sharedPod {
 	}
 	cfg := podConfig(name)
 	cfg.Linux.SecurityContext.NamespaceOptions.Pid = pid
+	cfg.Linux.SecurityContext.Privileged = true // a privileged container's pod says so, too
 	cfg.Linux.Sysctls = map[string]string{"kernel.shm_rmid_forced": "1", "fs.mqueue.msg_max": "99"}
 	cfg.DnsConfig = &runtimeapi.DNSConfig{Servers: []string{"192.0.2.53"}, Searches: []string{"example.test"}, Options: []string{"ndots:3"}}
 	p, err := runPod(context.Background(), cfg)

@@ -15,9 +15,9 @@ import (
 
 	"google.golang.org/grpc/codes"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
-	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
 
 	cri "github.com/cri-vz/cri-vz/test/criclient"
+	"github.com/cri-vz/cri-vz/test/streamclient"
 )
 
 func TestExecSync(t *testing.T) {
@@ -72,7 +72,23 @@ func ends(t *testing.T, p *sharedPod, arg string) {
 	})
 }
 
+// protocols are what kubectl speaks: since 1.31 WebSocket, SPDY before.
+var protocols = []struct {
+	name    string
+	open    cri.Protocol
+	forward func(string) (*streamclient.Forwarder, error)
+}{
+	{"SPDY", streamclient.SPDY, streamclient.ForwardSPDY},
+	{"WebSocket", streamclient.WebSocket, streamclient.ForwardWebSocket},
+}
+
 func TestExec(t *testing.T) {
+	for _, protocol := range protocols {
+		t.Run(protocol.name, func(t *testing.T) { execOver(t, protocol.open) })
+	}
+}
+
+func execOver(t *testing.T, protocol cri.Protocol) {
 	p := sharedPodOf(t)
 	open := func(t *testing.T, stdin, tty bool, cmd ...string) *cri.Terminal {
 		t.Helper()
@@ -80,7 +96,7 @@ func TestExec(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return cri.OpenTerminal(t, r.GetUrl(), cri.Streams{Stdin: stdin, Stdout: true, Stderr: !tty, TTY: tty})
+		return cri.OpenTerminalOver(t, protocol, r.GetUrl(), cri.Streams{Stdin: stdin, Stdout: true, Stderr: !tty, TTY: tty})
 	}
 	t.Run("the URL has a host", func(t *testing.T) {
 		r, err := p.Exec(cri.Timeout(t, cri.CallTimeout), &runtimeapi.ExecRequest{ContainerId: p.Idle, Cmd: []string{"/bin/id"}, Stdout: true})
@@ -145,11 +161,11 @@ func TestExec(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := cri.OpenTerminal(t, r.GetUrl(), cri.Streams{Stdout: true}).Finish(10 * time.Second); err != nil {
+		if _, err := cri.OpenTerminalOver(t, protocol, r.GetUrl(), cri.Streams{Stdout: true}).Finish(10 * time.Second); err != nil {
 			t.Fatal(err)
 		}
-		if conn, err := cri.DialSPDY(r.GetUrl(), remotecommand.StreamProtocolV4Name); err == nil {
-			conn.Close()
+		if s, err := protocol(r.GetUrl(), cri.Streams{Stdout: true}); err == nil {
+			s.Close()
 			t.Error("it worked a second time")
 		}
 	})
@@ -223,11 +239,13 @@ func TestPortForward(t *testing.T) {
 		return err
 	}
 	request := bytes.Repeat([]byte("cri-vz! "), 8<<10) // 64 KiB
-	t.Run("what was sent comes back to its end", func(t *testing.T) {
-		if err := exchange(p.Forward(t), bytes.Repeat(request, 16)); err != nil {
-			t.Error(err)
-		}
-	})
+	for _, protocol := range protocols {
+		t.Run("what was sent comes back to its end over "+protocol.name, func(t *testing.T) {
+			if err := exchange(p.ForwardOver(t, protocol.forward), bytes.Repeat(request, 16)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
 	t.Run("32 connections at once", func(t *testing.T) {
 		f := p.Forward(t)
 		var wg sync.WaitGroup

@@ -9,8 +9,6 @@ import (
 	"github.com/cri-vz/cri-vz/test/criclient"
 )
 
-var dialSPDY = criclient.DialSPDY
-
 // terminal is the client's end of an exec or attach session.
 type terminal struct{ *criclient.Terminal }
 

@@ -1,6 +1,6 @@
 //go:build linux
 
-package e2e_test
+package conformance_test
 
 import (
 	"os"
@@ -10,12 +10,14 @@ import (
 	"testing"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	cri "github.com/cri-vz/cri-vz/test/criclient"
 )
 
 // T33: a pod as a kubelet makes one for hostUsers: false. Its root is nobody on
 // the node, and owns its image's files and its volumes all the same.
 func TestUserNamespace(t *testing.T) {
-	st, err := suite.node.Status(timeout(t, callTimeout), &runtimeapi.StatusRequest{})
+	st, err := suite.Status(cri.Timeout(t, cri.CallTimeout), &runtimeapi.StatusRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -26,7 +28,7 @@ func TestUserNamespace(t *testing.T) {
 	}
 	ids := []*runtimeapi.IDMapping{{HostId: 131072, Length: 65536}}
 	userns := &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_POD, Uids: ids, Gids: ids}
-	cfg := podConfig(suite.node, "mapped")
+	cfg := podConfig("mapped")
 	cfg.Linux.SecurityContext.NamespaceOptions.UsernsOptions = userns
 	p := newPod(t, cfg)
 
@@ -41,9 +43,9 @@ func TestUserNamespace(t *testing.T) {
 	}
 	writeFile(t, filepath.Join(dir, "hosts"), "127.0.0.1 localhost\n")
 	writeFile(t, filepath.Join(dir, "termination-log"), "")
-	mapped := func(m *runtimeapi.Mount) option {
+	mapped := func(m *runtimeapi.Mount) cri.Option {
 		m.UidMappings, m.GidMappings = ids, ids
-		return mount(m)
+		return cri.Mount(m)
 	}
 	inside := func(c *runtimeapi.ContainerConfig) {
 		if c.Linux.SecurityContext.NamespaceOptions == nil {
@@ -51,27 +53,27 @@ func TestUserNamespace(t *testing.T) {
 		}
 		c.Linux.SecurityContext.NamespaceOptions.UsernsOptions = userns
 	}
-	id := p.start(t, "mapped", asRoot, inside, command("/bin/sleep", "infinity"),
+	id := p.Start(t, "mapped", cri.AsRoot, inside, cri.Command("/bin/sleep", "infinity"),
 		mapped(&runtimeapi.Mount{HostPath: dir + "/data", ContainerPath: "/data"}),
 		mapped(&runtimeapi.Mount{HostPath: dir + "/of-app", ContainerPath: "/of-app", Readonly: true}),
 		mapped(&runtimeapi.Mount{HostPath: dir + "/hosts", ContainerPath: "/etc/hosts"}),
 		mapped(&runtimeapi.Mount{HostPath: dir + "/termination-log", ContainerPath: "/dev/termination-log"}),
-		mount(&runtimeapi.Mount{HostPath: dir + "/shared", ContainerPath: "/shared"}))
+		cri.Mount(&runtimeapi.Mount{HostPath: dir + "/shared", ContainerPath: "/shared"}))
 
-	if got := strings.Fields(p.output(t, id, "/bin/cat", "/proc/self/uid_map")); strings.Join(got, " ") != "0 131072 65536" {
+	if got := strings.Fields(p.Output(t, id, "/bin/cat", "/proc/self/uid_map")); strings.Join(got, " ") != "0 131072 65536" {
 		t.Errorf("uid_map: %v", got)
 	}
 	for _, c := range []struct{ path, want string }{
 		{"/data", "0:0"}, {"/of-app", "1000:1000"}, {"/shared", "0:0"}, {"/etc/passwd", "0:0"}, {"/home/app", "1000:1000"}, {"/etc/hosts", "0:0"},
 	} {
-		if got := p.output(t, id, "/bin/ls", filepath.Dir(c.path)); !strings.Contains(got, " "+c.want+" ") {
+		if got := p.Output(t, id, "/bin/ls", filepath.Dir(c.path)); !strings.Contains(got, " "+c.want+" ") {
 			t.Errorf("ls of %s: %q, want %s to belong to %s", filepath.Dir(c.path), got, c.path, c.want)
 		}
 	}
 	for _, path := range []string{"/data/new", "/etc/hosts", "/dev/termination-log", "/shared/new", "/anywhere", "/dev/shm/new"} {
-		p.output(t, id, "/bin/write", path, "written")
+		p.Output(t, id, "/bin/write", path, "written")
 	}
-	if r := p.exec(t, id, "/bin/write", "/of-app/new", "x"); r.code == 0 {
+	if r := p.Do(t, id, "/bin/write", "/of-app/new", "x"); r.Code == 0 {
 		t.Errorf("a read-only volume was written to: %+v", r)
 	}
 	for path, owner := range map[string]uint32{"data/new": 0, "shared/new": 131072, "hosts": 0, "termination-log": 0} {
@@ -84,7 +86,7 @@ func TestUserNamespace(t *testing.T) {
 		t.Errorf("the termination log: %q, %v", b, err)
 	}
 	// The image's own user, and a restart.
-	if got := p.run(t, "app", inside, command("/bin/id")); got.code != 0 || !strings.Contains(got.stdout, "uid=1000") {
+	if got := p.Run(t, "app", inside, cri.Command("/bin/id")); got.Code != 0 || !strings.Contains(got.Stdout, "uid=1000") {
 		t.Errorf("the image's user: %+v", got)
 	}
 }

@@ -1,6 +1,6 @@
 //go:build linux
 
-package e2e_test
+package conformance_test
 
 import (
 	"runtime"
@@ -10,6 +10,8 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"google.golang.org/grpc/codes"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	cri "github.com/cri-vz/cri-vz/test/criclient"
 
 	"github.com/cri-vz/cri-vz/test/images"
 )
@@ -38,31 +40,31 @@ func TestImageVolumes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := pull(suite.node, ref); err != nil {
+	if err := suite.Pull(ref); err != nil {
 		t.Fatal(err)
 	}
-	from := func(dest, sub string) option {
-		return mount(&runtimeapi.Mount{ContainerPath: dest, Readonly: true, Image: &runtimeapi.ImageSpec{Image: ref}, ImageSubPath: sub})
+	from := func(dest, sub string) cri.Option {
+		return cri.Mount(&runtimeapi.Mount{ContainerPath: dest, Readonly: true, Image: &runtimeapi.ImageSpec{Image: ref}, ImageSubPath: sub})
 	}
-	id := p.start(t, "image-volumes", asRoot, command("/bin/sleep", "infinity"), from("/whole", ""), from("/part", "dir"), from("/one", "dir/file"))
-	if _, err := suite.node.images.RemoveImage(timeout(t, callTimeout), &runtimeapi.RemoveImageRequest{Image: &runtimeapi.ImageSpec{Image: ref}}); err != nil {
+	id := p.Start(t, "image-volumes", cri.AsRoot, cri.Command("/bin/sleep", "infinity"), from("/whole", ""), from("/part", "dir"), from("/one", "dir/file"))
+	if _, err := suite.Images.RemoveImage(cri.Timeout(t, cri.CallTimeout), &runtimeapi.RemoveImageRequest{Image: &runtimeapi.ImageSpec{Image: ref}}); err != nil {
 		t.Fatal(err)
 	}
-	if got := p.output(t, id, "/bin/cat", "/whole/below", "/whole/same", "/whole/dir/file", "/part/file", "/one"); got != "below\nabove\ninside\ninside\ninside\n" {
+	if got := p.Output(t, id, "/bin/cat", "/whole/below", "/whole/same", "/whole/dir/file", "/part/file", "/one"); got != "below\nabove\ninside\ninside\ninside\n" {
 		t.Errorf("read %q", got)
 	}
-	if got := p.output(t, id, "/bin/ls", "/whole"); strings.Contains(got, "lost+found") {
+	if got := p.Output(t, id, "/bin/ls", "/whole"); strings.Contains(got, "lost+found") {
 		t.Errorf("the file system shows its own workings: %s", got)
 	}
 	for _, path := range []string{"/whole/new", "/part/file", "/one"} {
-		if r := p.exec(t, id, "/bin/write", path, "x"); r.code == 0 || !strings.Contains(r.stderr, "read-only") {
+		if r := p.Do(t, id, "/bin/write", path, "x"); r.Code == 0 || !strings.Contains(r.Stderr, "read-only") {
 			t.Errorf("write %s: %+v", path, r)
 		}
 	}
 	// The pod has the layers still, but there is no image of that name.
-	_, err = p.createContext(t.Context(), "image-volume-gone", from("/whole", ""))
-	wantError(t, err, codes.NotFound, ref, "/whole")
-	if err := pull(suite.node, ref); err != nil {
+	_, err = p.CreateContext(t.Context(), "image-volume-gone", from("/whole", ""))
+	cri.WantError(t, err, codes.NotFound, ref, "/whole")
+	if err := suite.Pull(ref); err != nil {
 		t.Fatal(err)
 	}
 	for sub, words := range map[string][]string{
@@ -70,7 +72,7 @@ func TestImageVolumes(t *testing.T) {
 		"dir/out": {"dir/out"},
 		"out":     {"out"},
 	} {
-		_, err := p.createContext(t.Context(), "image-volume-bad", from("/whole", sub))
+		_, err := p.CreateContext(t.Context(), "image-volume-bad", from("/whole", sub))
 		if err == nil {
 			t.Errorf("image_sub_path %q was accepted", sub)
 			continue

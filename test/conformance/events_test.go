@@ -1,6 +1,6 @@
 //go:build linux
 
-package e2e_test
+package conformance_test
 
 import (
 	"context"
@@ -10,31 +10,33 @@ import (
 
 	"google.golang.org/grpc/codes"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	cri "github.com/cri-vz/cri-vz/test/criclient"
 )
 
 // The events that a kubelet follows: each with the sandbox's status, and with the
 // containers' as they are then.
 func TestContainerEvents(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), callTimeout)
+	ctx, cancel := context.WithTimeout(t.Context(), cri.CallTimeout)
 	defer cancel()
-	stream, err := suite.node.GetContainerEvents(ctx, &runtimeapi.GetEventsRequest{})
+	stream, err := suite.GetContainerEvents(ctx, &runtimeapi.GetEventsRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := stream.Header(); err != nil { // from here on nothing is missed
 		t.Fatal(err)
 	}
-	p, err := suite.node.runPod(ctx, podConfig(suite.node, "events"))
+	p, err := runPod(ctx, podConfig("events"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	removed := false
 	defer func() {
 		if !removed {
-			p.remove(t)
+			p.Remove(t)
 		}
 	}()
-	names := map[string]string{p.id: "pod"}
+	names := map[string]string{p.ID: "pod"}
 	// next skips what other tests' pods do.
 	next := func() *runtimeapi.ContainerEventResponse {
 		t.Helper()
@@ -43,7 +45,7 @@ func TestContainerEvents(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if ev.GetPodSandboxStatus().GetId() == p.id {
+			if ev.GetPodSandboxStatus().GetId() == p.ID {
 				return ev
 			}
 		}
@@ -77,7 +79,7 @@ func TestContainerEvents(t *testing.T) {
 	if ev := want("pod", started); ev.GetPodSandboxStatus().GetNetwork().GetIp() == "" {
 		t.Error("a started pod has no address")
 	}
-	short, err := p.createAndStart(ctx, "short", command("/bin/exit", "3"))
+	short, err := p.CreateAndStart(ctx, "short", cri.Command("/bin/exit", "3"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -87,23 +89,23 @@ func TestContainerEvents(t *testing.T) {
 	if ev := want("short", stopped); state(ev, short) != "CONTAINER_EXITED 3" {
 		t.Errorf("stopped, and the status says %s", state(ev, short))
 	}
-	bad, err := p.createAndStart(ctx, "bad", command("/bin/nothing"))
-	wantError(t, err, codes.NotFound, "/bin/nothing")
+	bad, err := p.CreateAndStart(ctx, "bad", cri.Command("/bin/nothing"))
+	cri.WantError(t, err, codes.NotFound, "/bin/nothing")
 	names[bad] = "bad"
 	want("bad", created)
 	want("bad", stopped)
-	p.removeContainer(t, short)
+	p.RemoveByID(t, short)
 	if ev := want("short", deleted); state(ev, short) != "none" || state(ev, bad) == "none" {
 		t.Errorf("deleted, and the statuses are %v", ev.GetContainersStatuses())
 	}
-	idle, err := p.createAndStart(ctx, "idle", command("/bin/sleep", "infinity"))
+	idle, err := p.CreateAndStart(ctx, "idle", cri.Command("/bin/sleep", "infinity"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	names[idle] = "idle"
 	want("idle", created)
 	want("idle", started)
-	p.remove(t)
+	p.Remove(t)
 	removed = true
 	want("idle", stopped)
 	if ev := want("pod", stopped); ev.GetPodSandboxStatus().GetState() != runtimeapi.PodSandboxState_SANDBOX_NOTREADY {
@@ -125,7 +127,7 @@ func TestContainerEvents(t *testing.T) {
 // A list in portions is the list (KEP 5825).
 func TestStreamLists(t *testing.T) {
 	p := sharedPodOf(t)
-	ctx := timeout(t, callTimeout)
+	ctx := cri.Timeout(t, cri.CallTimeout)
 	pods, err := p.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
 	if err != nil {
 		t.Fatal(err)
@@ -137,12 +139,12 @@ func TestStreamLists(t *testing.T) {
 	if got := collect(t, ps.Recv, (*runtimeapi.StreamPodSandboxesResponse).GetPodSandboxes); len(got) != len(pods.GetItems()) || len(got) == 0 {
 		t.Errorf("%d pods streamed, %d listed", len(got), len(pods.GetItems()))
 	}
-	cs, err := p.StreamContainers(ctx, &runtimeapi.StreamContainersRequest{Filter: &runtimeapi.ContainerFilter{Id: p.idle}})
+	cs, err := p.StreamContainers(ctx, &runtimeapi.StreamContainersRequest{Filter: &runtimeapi.ContainerFilter{Id: p.Idle}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := collect(t, cs.Recv, (*runtimeapi.StreamContainersResponse).GetContainers); len(got) != 1 || got[0].GetId() != p.idle {
-		t.Errorf("containers %v, want %s", got, p.idle)
+	if got := collect(t, cs.Recv, (*runtimeapi.StreamContainersResponse).GetContainers); len(got) != 1 || got[0].GetId() != p.Idle {
+		t.Errorf("containers %v, want %s", got, p.Idle)
 	}
 	none, err := p.StreamContainers(ctx, &runtimeapi.StreamContainersRequest{Filter: &runtimeapi.ContainerFilter{Id: "nothing"}})
 	if err != nil {
@@ -151,22 +153,22 @@ func TestStreamLists(t *testing.T) {
 	if got := collect(t, none.Recv, (*runtimeapi.StreamContainersResponse).GetContainers); len(got) != 0 {
 		t.Errorf("containers %v", got)
 	}
-	images, err := suite.node.images.ListImages(ctx, &runtimeapi.ListImagesRequest{})
+	images, err := suite.Images.ListImages(ctx, &runtimeapi.ListImagesRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	is, err := suite.node.images.StreamImages(ctx, &runtimeapi.StreamImagesRequest{})
+	is, err := suite.Images.StreamImages(ctx, &runtimeapi.StreamImagesRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if got := collect(t, is.Recv, (*runtimeapi.StreamImagesResponse).GetImages); len(got) != len(images.GetImages()) || len(got) == 0 {
 		t.Errorf("%d images streamed, %d listed", len(got), len(images.GetImages()))
 	}
-	pst, err := p.StreamPodSandboxStats(ctx, &runtimeapi.StreamPodSandboxStatsRequest{Filter: &runtimeapi.PodSandboxStatsFilter{Id: p.id}})
+	pst, err := p.StreamPodSandboxStats(ctx, &runtimeapi.StreamPodSandboxStatsRequest{Filter: &runtimeapi.PodSandboxStatsFilter{Id: p.ID}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := collect(t, pst.Recv, (*runtimeapi.StreamPodSandboxStatsResponse).GetPodSandboxStats); len(got) != 1 || got[0].GetAttributes().GetId() != p.id {
+	if got := collect(t, pst.Recv, (*runtimeapi.StreamPodSandboxStatsResponse).GetPodSandboxStats); len(got) != 1 || got[0].GetAttributes().GetId() != p.ID {
 		t.Errorf("stats of %v", got)
 	}
 }

@@ -1,0 +1,38 @@
+//go:build linux
+
+package conformance_test
+
+import (
+	"testing"
+
+	"google.golang.org/grpc/codes"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	cri "github.com/cri-vz/cri-vz/test/criclient"
+)
+
+func TestUpdateContainerResources(t *testing.T) {
+	p := sharedPodOf(t)
+	id := p.Start(t, "updated", cri.AsRoot, cri.Command("/bin/sleep", "infinity"), cri.Resources(&runtimeapi.LinuxContainerResources{
+		MemoryLimitInBytes: 64 << 20, CpuPeriod: 100_000, CpuQuota: 20_000,
+	}))
+	wantLimits(t, p.Pod, id, 64<<20, 20_000)
+	if _, err := p.UpdateContainerResources(cri.Timeout(t, cri.CallTimeout), &runtimeapi.UpdateContainerResourcesRequest{
+		ContainerId: id, Linux: &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 96 << 20},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	wantLimits(t, p.Pod, id, 96<<20, 20_000) // what the update leaves out stays (T28)
+	_, err := p.UpdateContainerResources(cri.Timeout(t, cri.CallTimeout), &runtimeapi.UpdateContainerResourcesRequest{
+		ContainerId: "nothing", Linux: &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 96 << 20},
+	})
+	cri.WantError(t, err, codes.NotFound)
+}
+
+// wantLimits checks what the status says is in force.
+func wantLimits(t *testing.T, p *cri.Pod, id string, memory, quota int64) {
+	t.Helper()
+	if r := p.Container(t, id).GetResources().GetLinux(); r.GetMemoryLimitInBytes() != memory || r.GetCpuQuota() != quota {
+		t.Errorf("in force %v, want %d bytes and a quota of %d", r, memory, quota)
+	}
+}
