@@ -314,7 +314,7 @@ func (m *machine) launch() (_ *qmpClient, err error) {
 			Credential: m.driver.credential(m.accel),
 		}
 	}
-	vm, err := launch("qemu", cmd, inherited)
+	vm, err := launch("qemu", cmd, inherited, false)
 	if err != nil {
 		return fail(err)
 	}
@@ -354,7 +354,10 @@ func (m *machine) serveShare(i int, s vmm.Share, root bool) (*os.File, error) {
 		return nil, err
 	}
 	cmd.Dir = "/"
-	c, err := launch("virtiofsd of share "+s.Tag, cmd, []*os.File{listener})
+	// T32: Debian 12's virtiofsd acts as the user who makes a file, without that
+	// user's supplementary groups. The guest's kernel has checked the permission
+	// with them; the owner and group are still whom it acts as.
+	c, err := launch("virtiofsd of share "+s.Tag, cmd, []*os.File{listener}, root && !m.virtiofsd.rust)
 	if err != nil {
 		return nil, err
 	}

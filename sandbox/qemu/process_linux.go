@@ -12,6 +12,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // stderrLimit is how much of a child's standard error is kept for messages.
@@ -33,10 +35,29 @@ func startChildren(work <-chan func()) {
 	}
 }
 
-// startChild starts cmd from the thread for children.
-func startChild(cmd *exec.Cmd) error {
+// startChild starts cmd from the thread for children. A child that keeps its
+// capabilities has them whatever user it acts as (capabilities(7),
+// SECBIT_NO_SETUID_FIXUP).
+func startChild(cmd *exec.Cmd, keepCapabilities bool) error {
+	const noSetuidFixup = 1 << 2
 	err := make(chan error, 1)
-	starter() <- func() { err <- cmd.Start() }
+	starter() <- func() {
+		err <- func() error {
+			if keepCapabilities {
+				if err := unix.Prctl(unix.PR_SET_SECUREBITS, noSetuidFixup, 0, 0, 0); err != nil {
+					return os.NewSyscallError("prctl(PR_SET_SECUREBITS)", err)
+				}
+			}
+			serr := cmd.Start()
+			if keepCapabilities {
+				if err := unix.Prctl(unix.PR_SET_SECUREBITS, 0, 0, 0, 0); err != nil {
+					// The next child would have them too.
+					panic(err)
+				}
+			}
+			return serr
+		}()
+	}
 	return <-err
 }
 
@@ -51,8 +72,9 @@ type child struct {
 }
 
 // launch starts cmd with the descriptors files[i] as number 3+i and no input.
-// killed with its parent. The caller keeps files.
-func launch(what string, cmd *exec.Cmd, files []*os.File) (*child, error) {
+// killed with its parent. The caller keeps files. For keepCapabilities see
+// startChild.
+func launch(what string, cmd *exec.Cmd, files []*os.File, keepCapabilities bool) (*child, error) {
 	c := &child{what: what, cmd: cmd, stderr: &tail{limit: stderrLimit}, gone: make(chan struct{})}
 	cmd.ExtraFiles = files
 	cmd.Stdout = c.stderr
@@ -65,7 +87,7 @@ func launch(what string, cmd *exec.Cmd, files []*os.File) (*child, error) {
 	}
 	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	cmd.SysProcAttr.Setsid = true // a terminal's signals are for the owner alone
-	if err := startChild(cmd); err != nil {
+	if err := startChild(cmd, keepCapabilities); err != nil {
 		return nil, fmt.Errorf("start %s (%s): %w", what, cmd.Path, err)
 	}
 	go func() {

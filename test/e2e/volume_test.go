@@ -4,11 +4,13 @@ package e2e_test
 
 import (
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -108,4 +110,32 @@ func layerDigests(t *testing.T) map[string]string {
 		t.Fatal("the image store has no files")
 	}
 	return found
+}
+
+// T32: fsGroup. A user who may write to a directory by a supplementary group alone
+// makes files there, which get the directory's group.
+func TestFSGroup(t *testing.T) {
+	p := sharedPodOf(t)
+	dir := filepath.Join(suite.base, "fsgroup")
+	if err := errors.Join(os.Mkdir(dir, 0o755), os.Chown(dir, 0, 2000), os.Chmod(dir, 0o775|os.ModeSetgid)); err != nil {
+		t.Fatal(err)
+	}
+	id := p.start(t, "fsgroup", command("/bin/sleep", "infinity"), mount(&runtimeapi.Mount{HostPath: dir, ContainerPath: "/data"}),
+		security(func(s *runtimeapi.LinuxContainerSecurityContext) {
+			s.RunAsUser, s.RunAsGroup = &runtimeapi.Int64Value{Value: 1000}, &runtimeapi.Int64Value{Value: 1000}
+			s.SupplementalGroups = []int64{2000}
+		}))
+	p.output(t, id, "/bin/write", "/data/file", "x")
+	var st syscall.Stat_t
+	if err := syscall.Stat(filepath.Join(dir, "file"), &st); err != nil || st.Uid != 1000 || st.Gid != 2000 {
+		t.Errorf("on the host the file belongs to %d:%d, %v; want 1000:2000", st.Uid, st.Gid, err)
+	}
+	// Who is not in the group may not.
+	other := p.start(t, "no-fsgroup", command("/bin/sleep", "infinity"), mount(&runtimeapi.Mount{HostPath: dir, ContainerPath: "/data"}),
+		security(func(s *runtimeapi.LinuxContainerSecurityContext) {
+			s.RunAsUser, s.RunAsGroup = &runtimeapi.Int64Value{Value: 1001}, &runtimeapi.Int64Value{Value: 1001}
+		}))
+	if r := p.exec(t, other, "/bin/write", "/data/other", "x"); r.code == 0 || !strings.Contains(r.stderr, "denied") {
+		t.Errorf("somebody else: %+v", r)
+	}
 }
