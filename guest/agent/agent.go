@@ -79,6 +79,7 @@ type Agent struct {
 type sandbox struct {
 	pod     *podClient
 	pidMode api.NamespaceMode
+	pidsMax int64 // of all containers together; 0: no bound
 	netns   *os.File
 	ids     *idMaps // nil: no user namespace
 	ready   bool    // set up completely

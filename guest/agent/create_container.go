@@ -125,6 +125,13 @@ func (a *Agent) create(c *ctr, sb *sandbox, r *api.CreateContainerRequest) error
 	if err != nil {
 		return err
 	}
+	if sb.pidsMax > 0 {
+		// Each time, because the pod's cgroup may be younger than its sandbox: the
+		// boot goes on while that is set up.
+		if err := cgroup(filepath.Dir(string(c.cgroup))).write("pids.max", strconv.FormatInt(sb.pidsMax, 10)); err != nil {
+			return err
+		}
+	}
 	if err := c.cgroup.create(spec.Linux.Resources); err != nil {
 		return err
 	}

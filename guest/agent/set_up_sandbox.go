@@ -42,7 +42,7 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 		a.mu.Unlock()
 		return nil, existsf("set up sandbox: this VM has one")
 	}
-	sb := &sandbox{pidMode: r.PidMode, ids: ids}
+	sb := &sandbox{pidMode: r.PidMode, ids: ids, pidsMax: r.PidsMax}
 	a.sandbox = sb
 	a.mu.Unlock()
 	close(a.setUpBegun)
@@ -84,14 +84,6 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 		}
 		return nil
 	})
-	if r.PidsMax > 0 {
-		s.run("pids", func() error {
-			if err := a.require(ctx, "cgroup"); err != nil {
-				return err
-			}
-			return cgroup(filepath.Join(a.paths.cgroup, "pod")).write("pids.max", strconv.FormatInt(r.PidsMax, 10))
-		})
-	}
 	if ids != nil {
 		s.run("user namespace", func() error { return a.useIDMaps(sb.pod.pid) })
 	}
