@@ -1,5 +1,5 @@
-// Command typecheck type-checks packages for macOS, as a build with cgo there
-// would compile them, on any machine: import "C" is faked, so that neither a C
+// Command typecheck type-checks packages and their tests for macOS, as a build with
+// cgo there would compile them, on any machine: import "C" is faked, so that neither a C
 // compiler nor Apple's headers are needed. Objective-C, linking and entitlements
 // are beyond it.
 //
@@ -79,7 +79,7 @@ type listed struct {
 func (p *program) check(patterns []string) (problems []string, err error) {
 	p.fset, p.packages = token.NewFileSet(), map[string]*types.Package{"unsafe": types.Unsafe}
 	cmd := exec.Command("go", append([]string{
-		"list", "-e", "-deps", "-json=Dir,ImportPath,GoFiles,CgoFiles,ImportMap,DepOnly,Standard,Module,Error",
+		"list", "-e", "-deps", "-test", "-json=Dir,ImportPath,GoFiles,CgoFiles,ImportMap,DepOnly,Standard,Module,Error",
 	}, patterns...)...)
 	cmd.Env = append(os.Environ(), "GOOS="+p.goos, "GOARCH="+p.goarch, "CGO_ENABLED=1")
 	var stderr bytes.Buffer
@@ -95,7 +95,8 @@ func (p *program) check(patterns []string) (problems []string, err error) {
 		} else if err != nil {
 			return nil, fmt.Errorf("go list: %w", err)
 		}
-		if l.ImportPath == "unsafe" {
+		// A test's main package is made by the go command.
+		if l.ImportPath == "unsafe" || strings.HasSuffix(l.ImportPath, ".test") {
 			continue
 		}
 		if !l.DepOnly {

@@ -7,18 +7,12 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"runtime"
 	"syscall"
 	"testing"
 
 	"github.com/Code-Hex/vz/v3"
-	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
-
-	"github.com/cri-vz/cri-vz/guest/image"
-	"github.com/cri-vz/cri-vz/sandbox/vmm"
-	"github.com/cri-vz/cri-vz/sandbox/vmm/vmmtest"
 )
 
 // inside marks the process in which the tests run.
@@ -58,56 +52,4 @@ func reexec() int {
 		return 1
 	}
 	return 0
-}
-
-// guest is the image that a Mac boots; it is built, which takes the network, if the
-// machine has none.
-func guest(t testing.TB) vmmtest.Guest {
-	t.Helper()
-	dir, err := image.DefaultDir()
-	if err != nil {
-		t.Fatal(err)
-	}
-	g, err := image.LocateKind(dir, "arm64", image.KindStock)
-	if errdefs.IsNotFound(err) {
-		g, err = image.Build(t.Context(), image.Options{
-			Dir: filepath.Join(dir, "conformance"), Arch: "arm64", Agent: vmmtest.Init(t, "arm64"), Kind: image.KindStock,
-		})
-	}
-	if err != nil {
-		t.Fatalf("no guest to boot: %v", err)
-	}
-	return vmmtest.Guest{Arch: g.Arch, Kernel: g.KernelPath, Initrd: g.InitrdPath, Cmdline: g.Cmdline}
-}
-
-func newDriver(t *testing.T) vmm.Driver {
-	t.Helper()
-	d, err := New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return d
-}
-
-// frames is one end of a cable whose other end the test keeps.
-func frames(t *testing.T) (ours, guests *os.File) {
-	t.Helper()
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ours, guests = os.NewFile(uintptr(fds[0]), "ours"), os.NewFile(uintptr(fds[1]), "guest's")
-	t.Cleanup(func() { ours.Close() })
-	return ours, guests
-}
-
-// The suite that every driver passes, on the image that a Mac boots, under the devices
-// that the framework offers. // T50
-func TestConformance(t *testing.T) {
-	g := guest(t)
-	g.NIC = func(t *testing.T) vmm.NIC {
-		_, f := frames(t)
-		return vmm.NIC{MAC: []byte{2, 0, 0, 0, 0, 1}, MTU: 1400, Frames: f}
-	}
-	vmmtest.Run(t, newDriver, g)
 }

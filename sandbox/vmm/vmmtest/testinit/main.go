@@ -275,6 +275,25 @@ func do(word, rest string) (string, error) {
 		return "", f.Close()
 	case "remove":
 		return "", os.Remove(arg)
+	case "size": // size FILE: of what can be read
+		f, err := os.Open(arg)
+		if err != nil {
+			return "", err
+		}
+		defer f.Close()
+		n, err := io.Copy(io.Discard, f)
+		return strconv.FormatInt(n, 10), err
+	case "hold": // hold FILE: opens it for good
+		f, err := os.Open(arg)
+		heldFile = f
+		return "", err
+	case "held": // what the held file has
+		b, err := io.ReadAll(io.NewSectionReader(heldFile, 0, 1<<20))
+		return string(b), err
+	case "mountlayer": // mountlayer FILE: an ext4 image, at the path that is returned
+		return mountLayer(arg)
+	case "clock":
+		return strconv.FormatInt(time.Now().UnixNano(), 10), nil
 	case "chmod":
 		return "", os.Chmod(arg, 0o777)
 	case "list":
@@ -352,6 +371,42 @@ func do(word, rest string) (string, error) {
 		return "", nil
 	}
 	return "", fmt.Errorf("no such command: %s", word)
+}
+
+// heldFile is the last one that was told to be held.
+var heldFile *os.File
+
+// mountLayer mounts an image as the agent does its layers. // T24
+func mountLayer(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	ctl, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+	if err != nil {
+		return "", err
+	}
+	defer ctl.Close()
+	n, err := unix.IoctlRetInt(int(ctl.Fd()), unix.LOOP_CTL_GET_FREE)
+	if err != nil {
+		return "", err
+	}
+	name := fmt.Sprintf("/dev/loop%d", n)
+	loop, err := os.OpenFile(name, os.O_RDWR, 0)
+	if err != nil {
+		return "", err
+	}
+	defer loop.Close()
+	c := unix.LoopConfig{Fd: uint32(f.Fd()), Info: unix.LoopInfo64{Flags: unix.LO_FLAGS_READ_ONLY | unix.LO_FLAGS_DIRECT_IO | unix.LO_FLAGS_AUTOCLEAR}}
+	if err := unix.IoctlLoopConfigure(int(loop.Fd()), &c); err != nil {
+		return "", fmt.Errorf("%s on %s: %w", name, path, err)
+	}
+	dir := fmt.Sprintf("/mnt/layer%d", n)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", err
+	}
+	return dir, unix.Mount(name, dir, "ext4", unix.MS_RDONLY, "noload")
 }
 
 // disk finds the block device with a serial number.
