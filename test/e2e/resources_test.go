@@ -187,12 +187,12 @@ func TestRuntimeHandlers(t *testing.T) {
 		t.Errorf("the container's bound of huge pages after an update: %q", got)
 	}
 	// The bound is the pod's: the agent and other pods don't feel it.
-	if r := p.run(t, "forks", command("/bin/spawn-zombies", "200"), freshLog); r.code == 0 {
-		t.Errorf("200 processes in a pod of 48: %+v", r)
+	if r := p.run(t, "forks", command("/bin/spawn-zombies", "60"), freshLog); r.code == 0 {
+		t.Errorf("60 zombies in a pod of 48: %+v", r)
 	}
 	shared := sharedPodOf(t)
-	if r := shared.run(t, "forks", command("/bin/spawn-zombies", "200"), freshLog); r.code != 0 {
-		t.Errorf("200 processes in a pod without a bound: %+v", r)
+	if r := shared.run(t, "forks", command("/bin/spawn-zombies", "60"), freshLog); r.code != 0 {
+		t.Errorf("60 zombies in a pod without a bound: %+v", r)
 	}
 	if got := p.output(t, id, "/bin/echo", "alive"); got != "alive\n" {
 		t.Errorf("%q", got)
