@@ -46,3 +46,16 @@ func TestStatsWithADeafGuest(t *testing.T) {
 	_, err = p.PodSandboxStats(timeout(t, callTimeout), &runtimeapi.PodSandboxStatsRequest{PodSandboxId: deaf.id})
 	wantError(t, err, codes.DeadlineExceeded, deaf.id)
 }
+
+// Pressure stall information is in the answer if the guest's kernel has it.
+func TestPressure(t *testing.T) {
+	p := sharedPodOf(t)
+	r, err := p.ContainerStats(timeout(t, callTimeout), &runtimeapi.ContainerStatsRequest{ContainerId: p.idle})
+	if err != nil {
+		t.Fatal(err)
+	}
+	have := p.exec(t, p.idle, "/bin/cat", "/sys/fs/cgroup/cpu.pressure").code == 0
+	if s := r.GetStats(); have != (s.GetCpu().GetPsi() != nil) || have != (s.GetMemory().GetPsi() != nil) || have != (s.GetIo().GetPsi() != nil) {
+		t.Errorf("in the guest: %v, in the answer: %v", have, s)
+	}
+}

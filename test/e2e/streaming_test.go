@@ -74,6 +74,16 @@ func TestStreamingProtocols(t *testing.T) {
 					t.Errorf("stderr %q", got)
 				}
 			})
+			t.Run("size of the terminal", func(t *testing.T) {
+				s := open(t, p.idle, streamclient.Options{Stdin: true, Stdout: true, TTY: true}, "/app/web", "window", "101x33")
+				go func() { _, _ = io.Copy(io.Discard, s.Stdout) }()
+				if err := s.Resize(101, 33); err != nil {
+					t.Fatal(err)
+				}
+				if code, err := s.ExitCode(); code != 0 || err != nil {
+					t.Errorf("exit code %d, %v", code, err)
+				}
+			})
 			for kind, o := range map[string]streamclient.Options{
 				"without terminal": {Stdin: true, Stdout: true}, "output alone": {Stdout: true}, "terminal": {Stdin: true, Stdout: true, TTY: true},
 			} {
