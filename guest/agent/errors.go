@@ -56,10 +56,6 @@ func preconditionf(format string, args ...any) error {
 	return &classError{errdefs.ErrFailedPrecondition, fmt.Errorf(format, args...)}
 }
 
-func unimplementedf(format string, args ...any) error {
-	return &classError{errdefs.ErrNotImplemented, fmt.Errorf(format, args...)}
-}
-
 func unavailablef(format string, args ...any) error {
 	return &classError{errdefs.ErrUnavailable, fmt.Errorf(format, args...)}
 }

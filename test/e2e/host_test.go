@@ -14,8 +14,6 @@ type process = testnode.Process
 var (
 	processes   = testnode.Processes
 	descendants = testnode.Descendants
-	mountsBelow = testnode.MountsBelow
-	links       = testnode.Links
 	cgroupsOf   = testnode.CgroupsOf
 	filesBelow  = testnode.FilesBelow
 )

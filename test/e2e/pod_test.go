@@ -162,9 +162,7 @@ var (
 	wantCount  = criclient.WantCount
 	waitForLog = criclient.WaitForLog
 	command    = criclient.Command
-	args       = criclient.Args
 	security   = criclient.Security
-	memory     = criclient.MemoryLimit
 	mount      = criclient.Mount
 	asRoot     = option(criclient.AsRoot)
 	privileged = option(criclient.Privileged)

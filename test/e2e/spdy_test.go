@@ -4,7 +4,6 @@ package e2e_test
 
 import (
 	"testing"
-	"time"
 
 	"github.com/cri-vz/cri-vz/test/criclient"
 )
@@ -15,11 +14,6 @@ type terminal struct{ *criclient.Terminal }
 func openTerminal(t *testing.T, url string, stdin, tty bool) *terminal {
 	t.Helper()
 	return &terminal{criclient.OpenTerminal(t, url, criclient.Streams{Stdin: stdin, Stdout: true, Stderr: !tty, TTY: tty})}
-}
-
-func (s *terminal) finish(bound time.Duration) (result, error) {
-	r, err := s.Finish(bound)
-	return resultOf(r), err
 }
 
 func (p *pod) forward(t *testing.T) *criclient.Forwarder { t.Helper(); return p.cri.Forward(t) }

@@ -66,7 +66,7 @@ func (p *Port) stayJoined(life context.Context, conn net.Conn) {
 	for {
 		stop := context.AfterFunc(life, func() { conn.Close() })
 		// The switch says nothing more: what ends this read is its end, or ours.
-		conn.Read(make([]byte, 1))
+		_, _ = conn.Read(make([]byte, 1))
 		stop()
 		conn.Close()
 		for conn = nil; conn == nil; {
@@ -93,7 +93,7 @@ func (p *Port) join(ctx context.Context) (net.Conn, error) {
 	}
 	conn := dialed.(*net.UnixConn)
 	deadline, _ := ctx.Deadline()
-	conn.SetDeadline(deadline)
+	_ = conn.SetDeadline(deadline)
 	if _, _, err := conn.WriteMsgUnix(p.hello, unix.UnixRights(int(p.lent.Fd())), nil); err != nil {
 		conn.Close()
 		return nil, err
@@ -107,7 +107,7 @@ func (p *Port) join(ctx context.Context) (net.Conn, error) {
 		conn.Close()
 		return nil, fmt.Errorf("refused: %s", w.Error)
 	}
-	conn.SetDeadline(time.Time{})
+	_ = conn.SetDeadline(time.Time{})
 	return conn, nil
 }
 

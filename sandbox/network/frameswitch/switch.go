@@ -106,7 +106,7 @@ func (s *Switch) serveConn(conn *net.UnixConn) {
 	p, err := receiveHello(conn)
 	if err != nil {
 		klog.ErrorS(err, "A port could not join the frame switch")
-		answer(conn, err)
+		_ = answer(conn, err) // whether it arrives or not, the connection ends
 		return
 	}
 	if earlier := s.add(p); earlier != nil {
@@ -121,7 +121,7 @@ func (s *Switch) serveConn(conn *net.UnixConn) {
 	}()
 	if err := answer(conn, nil); err == nil {
 		// Nothing more is said: what ends this read is the port's end.
-		conn.Read(make([]byte, 1))
+		_, _ = conn.Read(make([]byte, 1))
 	}
 	s.remove(p)
 	p.conn.Close()
@@ -246,8 +246,8 @@ func newPort(m mac, f *os.File) (*port, error) {
 }
 
 func receiveHello(conn *net.UnixConn) (*port, error) {
-	conn.SetReadDeadline(time.Now().Add(helloTimeout))
-	defer conn.SetReadDeadline(time.Time{})
+	_ = conn.SetReadDeadline(time.Now().Add(helloTimeout))
+	defer func() { _ = conn.SetReadDeadline(time.Time{}) }()
 	buf, oob := make([]byte, maxHello), make([]byte, unix.CmsgSpace(4))
 	n, oobn, _, _, err := conn.ReadMsgUnix(buf, oob)
 	if err != nil {
@@ -300,6 +300,6 @@ func answer(conn net.Conn, refusal error) error {
 	if refusal != nil {
 		w.Error = refusal.Error()
 	}
-	conn.SetWriteDeadline(time.Now().Add(helloTimeout))
+	_ = conn.SetWriteDeadline(time.Now().Add(helloTimeout))
 	return json.NewEncoder(conn).Encode(w)
 }

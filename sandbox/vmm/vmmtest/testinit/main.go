@@ -41,9 +41,7 @@ const (
 
 func main() {
 	if len(os.Args) > 1 && os.Args[1] == "tcp-server" {
-		if err := serveTCP(); err != nil {
-			say("testinit: %v", err)
-		}
+		say("testinit: %v", serveTCP())
 		return
 	}
 	if err := boot(); err != nil {
@@ -182,6 +180,7 @@ var startTCP = sync.OnceValue(func() error {
 	return err
 })
 
+// serveTCP returns only what ended it.
 func serveTCP() error {
 	l, err := net.Listen("tcp", tcpServer)
 	if err != nil {
