@@ -192,7 +192,7 @@ func (s *Server) Forward(stream nodeapi.Node_ForwardServer) error {
 			}
 		}
 	}()
-	buf := make([]byte, guestapi.MaxFrame)
+	buf := make([]byte, 16<<10)
 	for {
 		n, err := st.Read(buf)
 		if n > 0 {
@@ -205,6 +205,9 @@ func (s *Server) Forward(stream nodeapi.Node_ForwardServer) error {
 			return stream.Send(&nodeapi.ForwardResponse{Eof: true})
 		case err != nil:
 			return fmt.Errorf("forward port %d of pod %s: %w", first.GetPort(), pod.ID(), err)
+		}
+		if n > len(buf)/2 && len(buf) < streamBuffer { // there is more than it holds
+			buf = make([]byte, streamBuffer)
 		}
 	}
 }

@@ -71,6 +71,9 @@ const (
 	maxMessage = 16 << 20
 	// streamWindow is what one stream of the Node service may have in flight.
 	streamWindow = 1 << 20
+	// streamBuffer is what one system call moves of it: with gRPC's own 32 KiB they
+	// are most of what a forwarded port costs the daemon.
+	streamBuffer = 256 << 10
 	// maxAnswer has room for the largest answer, an ExecSync with both outputs at
 	// their cap (T19). What the client takes is the client's bound.
 	maxAnswer = 2*maxExecSyncOutput + 1<<20
@@ -87,6 +90,7 @@ func New(o Options) (*Server, error) {
 		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxAnswer),
 		// gRPC's own 64 KiB would be what limits a forwarded port.
 		grpc.InitialWindowSize(streamWindow), grpc.InitialConnWindowSize(4*streamWindow),
+		grpc.ReadBufferSize(streamBuffer), grpc.WriteBufferSize(streamBuffer),
 		grpc.ChainUnaryInterceptor(unaryErrors),
 		grpc.ChainStreamInterceptor(streamErrors),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),

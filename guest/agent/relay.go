@@ -16,7 +16,7 @@ import (
 // one while it fills the one it has. Each buffer's worth is a switch to the process
 // that it is for and one back, which is what a byte costs in a guest that is
 // emulated: with 256 KiB it is 60% of what it is with 64 KiB, more gain little.
-var relaySizes = [...]int{16 << 10, 64 << 10, 256 << 10}
+var relaySizes = [...]int{16 << 10, api.FrameData, 4 * api.FrameData}
 
 // maxLarge bounds the largest buffers of all connections, to 8 MiB.
 const maxLarge = 32

@@ -56,10 +56,12 @@ const (
 
 	headerMagic = "CVZ1"
 
+	// FrameData is the longest payload that is sent: Linux cuts what is written to a
+	// vsock into packets of 64 KiB, and a frame should be one. A [Stream.Write] of
+	// a multiple of it, up to four, is one write of full packets.
+	FrameData = 64<<10 - frameHeader
+
 	frameHeader = 5 // type, length
-	// maxData is the longest payload that is sent: Linux cuts what is written to a
-	// vsock into packets of 64 KiB, and a frame should be one.
-	maxData = 64<<10 - frameHeader
 	// writeBatch is how many frames go into one write.
 	writeBatch = 4
 	// smallRead is how much is read ahead for a caller who asks for less.
@@ -289,7 +291,7 @@ func (s *Stream) begin(typ byte, n uint32) {
 }
 
 // batches are buffers for writeBatch frames.
-var batches = sync.Pool{New: func() any { b := make([]byte, 0, writeBatch*(frameHeader+maxData)); return &b }}
+var batches = sync.Pool{New: func() any { b := make([]byte, 0, writeBatch*(frameHeader+FrameData)); return &b }}
 
 // Write implements io.Writer.
 func (s *Stream) Write(p []byte) (int, error) {
@@ -311,7 +313,7 @@ func (s *Stream) Write(p []byte) (int, error) {
 		// One write: a vsock packet costs more than a copy of it.
 		b, n := (*out)[:0], 0
 		for range writeBatch {
-			k := min(len(p), maxData)
+			k := min(len(p), FrameData)
 			if k == 0 {
 				break
 			}

@@ -448,7 +448,7 @@ func (p published) carry(ctx context.Context, c *client, pod string, local *net.
 	}
 	defer f.cancel()
 	go func() {
-		buf := make([]byte, 32<<10)
+		buf := make([]byte, 16<<10)
 		for {
 			n, err := local.Read(buf)
 			if n > 0 && f.stream.Send(&nodeapi.ForwardRequest{Data: buf[:n]}) != nil {
@@ -461,6 +461,9 @@ func (p published) carry(ctx context.Context, c *client, pod string, local *net.
 			if err != nil {
 				f.cancel()
 				return
+			}
+			if n > len(buf)/2 && len(buf) < 256<<10 { // there is more than it holds
+				buf = make([]byte, 256<<10)
 			}
 		}
 	}()
