@@ -516,3 +516,14 @@ func TestPortForward(t *testing.T) {
 		t.Errorf("got %v, want a reset", err)
 	}
 }
+
+func TestIsName(t *testing.T) {
+	for name, want := range map[string]bool{
+		"a": true, "Z9": true, "_.-": true, strings.Repeat("x", 128): true,
+		"": false, "a/b": false, "a b": false, "a\x00": false, "ä": false, strings.Repeat("x", 129): false,
+	} {
+		if got := isName(name, 128); got != want {
+			t.Errorf("isName(%q) = %v", name, got)
+		}
+	}
+}

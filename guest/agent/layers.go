@@ -7,16 +7,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
 )
-
-// layerName is what the host may call a layer image: a file in the share.
-var layerName = regexp.MustCompile(`^[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,254}$`)
 
 // layerStore mounts layer images, each once however many containers use it, at
 // the short paths that an overlay of 127 layers needs (T24).
@@ -81,7 +77,8 @@ func (s *layerStore) acquire(names []string) ([]*layer, error) {
 }
 
 func (s *layerStore) acquireOne(name string) (*layer, error) {
-	if !layerName.MatchString(name) {
+	// A file in the share.
+	if !isName(name, 255) || name[0] == '.' || name[0] == '-' {
 		return nil, invalidf("not a name of a layer image")
 	}
 	for {

@@ -3,7 +3,6 @@ package shim
 import (
 	"fmt"
 	"path/filepath"
-	"regexp"
 	"strconv"
 
 	"github.com/containerd/errdefs"
@@ -28,10 +27,9 @@ type volumes interface {
 	close() error
 }
 
-var volumeName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,200}$`)
 
 func checkVolume(v *shimapi.Volume) error {
-	if !volumeName.MatchString(v.GetName()) {
+	if !isName(v.GetName(), 201) {
 		return fmt.Errorf("volume name %q: %w", v.GetName(), errdefs.ErrInvalidArgument)
 	}
 	if !filepath.IsAbs(v.GetHostPath()) {
