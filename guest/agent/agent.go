@@ -62,6 +62,9 @@ type Agent struct {
 	networked, booted chan struct{}
 	// setUpBegun and setUpEnded are closed by the first SetUpSandbox.
 	setUpBegun, setUpEnded chan struct{}
+	// wantBooted ends what the rest of the boot waits for.
+	wantBooted func()
+	bootWanted chan struct{}
 
 	bootMu  sync.Mutex // guards what boot finds out
 	steps   []namedStep
@@ -85,7 +88,7 @@ type sandbox struct {
 }
 
 func newAgent(p paths, log *logger) *Agent {
-	return &Agent{
+	a := &Agent{
 		paths:      p,
 		reaper:     newReaper(),
 		layers:     newLayerStore(p.layers, p.mounts),
@@ -95,9 +98,12 @@ func newAgent(p paths, log *logger) *Agent {
 		booted:     make(chan struct{}),
 		setUpBegun: make(chan struct{}),
 		setUpEnded: make(chan struct{}),
+		bootWanted: make(chan struct{}),
 		missing:    map[string]error{},
 		containers: map[string]*ctr{},
 	}
+	a.wantBooted = sync.OnceFunc(func() { close(a.bootWanted) })
+	return a
 }
 
 // isName tells whether s is 1 to most letters, digits, _, . and -. It is no regular
@@ -126,6 +132,7 @@ const bootTimeout = 30 * time.Second
 
 // require waits for the boot and says whether the named parts came up.
 func (a *Agent) require(ctx context.Context, parts ...string) error {
+	a.wantBooted()
 	if err := a.await(ctx, a.booted); err != nil {
 		return err
 	}

@@ -27,7 +27,6 @@ type volumes interface {
 	close() error
 }
 
-
 func checkVolume(v *shimapi.Volume) error {
 	if !isName(v.GetName(), 201) {
 		return fmt.Errorf("volume name %q: %w", v.GetName(), errdefs.ErrInvalidArgument)
