@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -54,32 +55,31 @@ type sample struct {
 // samples asks pods for their usage, all at once. Those that are not ready or
 // don't answer in time are left out.
 func samples(ctx context.Context, pods []*sandbox.Pod) []*sample {
-	out := make([]*sample, len(pods))
+	ready := slices.DeleteFunc(pods, func(p *sandbox.Pod) bool { return !p.Status().Ready })
+	return askAll(ready, func(p *sandbox.Pod) *sample {
+		s, err := sampleOf(ctx, p)
+		if err != nil {
+			klog.V(2).InfoS("No stats of a pod", "pod", p.ID(), "err", err)
+		}
+		return s
+	})
+}
+
+// askAll asks up to statsAtOnce at one time, and returns the answers that are not
+// nil in the order of those asked.
+func askAll[T, A any](all []T, ask func(T) *A) []*A {
+	answers := make([]*A, len(all))
 	slots := make(chan struct{}, statsAtOnce)
 	var wg sync.WaitGroup
-	for i, pod := range pods {
-		if !pod.Status().Ready {
-			continue
-		}
+	for i, one := range all {
 		slots <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-slots }()
-			s, err := sampleOf(ctx, pod)
-			if err != nil {
-				klog.V(2).InfoS("No stats of a pod", "pod", pod.ID(), "err", err)
-				return
-			}
-			out[i] = s
+			answers[i] = ask(one)
 		})
 	}
 	wg.Wait()
-	kept := out[:0]
-	for _, s := range out {
-		if s != nil {
-			kept = append(kept, s)
-		}
-	}
-	return kept
+	return slices.DeleteFunc(answers, func(a *A) bool { return a == nil })
 }
 
 func sampleOf(ctx context.Context, pod *sandbox.Pod) (*sample, error) {

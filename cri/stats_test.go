@@ -82,6 +82,32 @@ func TestStatsOfAHostileGuest(t *testing.T) {
 	}
 }
 
+// Guests are asked at one time, so that a listing takes as long as the slowest,
+// and one that has no answer costs its own place alone.
+func TestGuestsAreAskedAtOnce(t *testing.T) {
+	pods := make([]int, 30)
+	for i := range pods {
+		pods[i] = i
+	}
+	began := time.Now()
+	got := askAll(pods, func(i int) *int {
+		time.Sleep(100 * time.Millisecond)
+		if i%10 == 3 {
+			return nil
+		}
+		return &i
+	})
+	if took := time.Since(began); took > time.Second {
+		t.Errorf("30 guests took %v", took)
+	}
+	if len(got) != 27 || !slices.IsSortedFunc(got, func(a, b *int) int { return *a - *b }) {
+		t.Errorf("%d answers, or out of order", len(got))
+	}
+	if most := len(askAll(make([]int, 5*statsAtOnce), func(i int) *int { return &i })); most != 5*statsAtOnce {
+		t.Errorf("%d answers of %d", most, 5*statsAtOnce)
+	}
+}
+
 func TestInterfacesOfAHostileGuest(t *testing.T) {
 	resp := &guestapi.StatsResponse{}
 	for _, name := range []string{"", "lo:1", "a/b", "..", "x y", "\x1b[2J", "\xff", strings.Repeat("n", 16), "net1", "eth0", "net1"} {
