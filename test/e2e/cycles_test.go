@@ -32,7 +32,7 @@ func TestPodCycles(t *testing.T) {
 		if got := p.output(t, id, "/bin/echo", name); got != name+"\n" {
 			t.Errorf("exec: %q", got)
 		}
-		c, err := p.forward(t).Dial(7000)
+		c, err := p.cri.Forward(t).Dial(7000)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -11,6 +11,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	nodeapi "github.com/cri-vz/cri-vz/cri/api"
+	"github.com/cri-vz/cri-vz/test/criclient"
 )
 
 // commandRuns tells whether a process with that last argument runs in the pod.
@@ -31,13 +32,13 @@ func commandRuns(t *testing.T, p *sharedPod, arg string) bool {
 
 func TestExecStream(t *testing.T) {
 	p := sharedPodOf(t)
-	open := func(t *testing.T, stdin, tty bool, cmd ...string) *terminal {
+	open := func(t *testing.T, stdin, tty bool, cmd ...string) *criclient.Terminal {
 		t.Helper()
 		r, err := p.Exec(timeout(t, callTimeout), &runtimeapi.ExecRequest{ContainerId: p.idle, Cmd: cmd, Stdin: stdin, Stdout: true, Stderr: !tty, Tty: tty})
 		if err != nil {
 			t.Fatal(err)
 		}
-		return openTerminal(t, r.GetUrl(), stdin, tty)
+		return criclient.OpenTerminal(t, r.GetUrl(), criclient.Streams{Stdin: stdin, Stdout: true, Stderr: !tty, TTY: tty})
 	}
 	t.Run("a client that vanishes ends its command", func(t *testing.T) {
 		s := open(t, true, true, "/bin/sleep", "4321")

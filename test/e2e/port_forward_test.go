@@ -38,12 +38,12 @@ func TestPortForward(t *testing.T) {
 		return nil
 	}
 	t.Run("the first connection", func(t *testing.T) {
-		if err := exchange(p.forward(t), request); err != nil {
+		if err := exchange(p.cri.Forward(t), request); err != nil {
 			t.Error(err)
 		}
 	})
 	t.Run("refused", func(t *testing.T) {
-		f := p.forward(t)
+		f := p.cri.Forward(t)
 		c, err := f.Dial(7001)
 		if err != nil {
 			t.Fatal(err)
@@ -55,7 +55,7 @@ func TestPortForward(t *testing.T) {
 		if took := time.Since(began); took > 3*time.Second {
 			t.Errorf("took %v", took)
 		}
-		if err := exchange(p.forward(t), request); err != nil {
+		if err := exchange(p.cri.Forward(t), request); err != nil {
 			t.Errorf("the next connection: %v", err)
 		}
 	})
