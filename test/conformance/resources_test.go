@@ -36,3 +36,22 @@ func wantLimits(t *testing.T, p *cri.Pod, id string, memory, quota int64) {
 		t.Errorf("in force %v, want %d bytes and a quota of %d", r, memory, quota)
 	}
 }
+
+func TestUpdatePodSandboxResources(t *testing.T) {
+	p := sharedPodOf(t)
+	update := func(memory int64) error {
+		_, err := p.UpdatePodSandboxResources(cri.Timeout(t, cri.CallTimeout), &runtimeapi.UpdatePodSandboxResourcesRequest{
+			PodSandboxId: p.ID, Resources: &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: memory},
+		})
+		return err
+	}
+	if err := update(128 << 20); err != nil {
+		t.Error(err)
+	}
+	t.Run("what the pod's VM does not have is refused", func(t *testing.T) { // T4
+		if suite.daemon == nil {
+			t.Skip("a promise of pods with a size of their own")
+		}
+		cri.WantError(t, update(1<<40), codes.ResourceExhausted)
+	})
+}
