@@ -145,8 +145,8 @@ func (p *Pod) CreateContainer(ctx context.Context, cc CreateContainer) (_ *Conta
 	if err != nil {
 		return nil, err
 	}
-	if err := p.askHost(ctx, id, c.Resources()); err != nil {
-		return nil, fmt.Errorf("config.linux.resources.%w", err)
+	if err := p.askHost(ctx, "config.linux.resources", id, c.Resources()); err != nil {
+		return nil, err
 	}
 	resp, err := ask(ctx, client.CreateContainer, req)
 	if err != nil {

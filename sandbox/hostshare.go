@@ -29,14 +29,11 @@ func newHostShare() hostShare {
 // machine is what becomes of what all containers ask for. The VM runs on the
 // CPUs of all cpusets together, because a guest's CPU runs whichever container's
 // process the guest chooses, and the container that is worth most protects it.
-func (h *hostShare) machine() (*shimapi.AdjustMachineRequest, error) {
+func (h *hostShare) machine() *shimapi.AdjustMachineRequest {
 	req := &shimapi.AdjustMachineRequest{}
 	first := true
 	for _, r := range h.asked {
-		cpus, err := hostCPUs(r.GetCpusetCpus())
-		if err != nil {
-			return nil, fmt.Errorf("cpuset_cpus: %w", err)
-		}
+		cpus, _ := parseCPUs(r.GetCpusetCpus()) // askHost has checked it
 		req.Cpus = append(req.Cpus, cpus...)
 		if adj := int32(r.GetOomScoreAdj()); first || adj < req.OomScoreAdj {
 			req.OomScoreAdj, first = adj, false
@@ -44,13 +41,16 @@ func (h *hostShare) machine() (*shimapi.AdjustMachineRequest, error) {
 	}
 	slices.Sort(req.Cpus)
 	req.Cpus = slices.Compact(req.Cpus)
-	return req, nil
+	return req
 }
 
 // askHost has the host treat the pod's VM as its containers ask, of which the
-// one with that id now asks for r. After an error, which begins with the field's
-// name, it is treated as before.
-func (p *Pod) askHost(ctx context.Context, id string, r *runtimeapi.LinuxContainerResources) error {
+// one with that id now asks for r, which is the field named at of a request.
+// After an error it is treated as before.
+func (p *Pod) askHost(ctx context.Context, at, id string, r *runtimeapi.LinuxContainerResources) error {
+	if _, err := hostCPUs(r.GetCpusetCpus()); err != nil {
+		return fmt.Errorf("%s.cpuset_cpus: %w", at, err)
+	}
 	return p.changeHost(ctx, id, func(h *hostShare) { h.asked[id] = r })
 }
 
@@ -68,7 +68,7 @@ func (p *Pod) changeHost(ctx context.Context, id string, change func(*hostShare)
 	case h.turn <- struct{}{}:
 		defer func() { <-h.turn }()
 	case <-ctx.Done():
-		return fmt.Errorf("cpuset_cpus: waited for another container's: %w", ctx.Err())
+		return fmt.Errorf("host CPUs of the pod's VM: waited for another container's: %w", ctx.Err())
 	}
 	was, asked := h.asked[id]
 	defer func() {
@@ -81,9 +81,9 @@ func (p *Pod) changeHost(ctx context.Context, id string, change func(*hostShare)
 		}
 	}()
 	change(h)
-	req, err := h.machine()
-	if err != nil || proto.Equal(req, h.told) && h.told != nil {
-		return err
+	req := h.machine()
+	if h.told != nil && proto.Equal(req, h.told) {
+		return nil
 	}
 	client, err := p.shimClient()
 	if err != nil {
@@ -95,7 +95,7 @@ func (p *Pod) changeHost(ctx context.Context, id string, change func(*hostShare)
 		err = nil // a shim of the previous version
 	}
 	if err != nil {
-		return fmt.Errorf("cpuset_cpus: %w", err)
+		return fmt.Errorf("run the pod's VM on the host's CPUs %v: %w", req.GetCpus(), err)
 	}
 	h.told = req
 	return nil

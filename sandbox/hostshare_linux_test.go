@@ -56,19 +56,18 @@ func TestHostShare(t *testing.T) {
 		h.asked[id] = &runtimeapi.LinuxContainerResources{CpusetCpus: cpus, OomScoreAdj: adj}
 	}
 	ask("free", "", 900)
-	if r, err := h.machine(); len(r.GetCpus()) != 0 || r.GetOomScoreAdj() != 900 || err != nil {
-		t.Errorf("%v, %v", r, err)
+	if r := h.machine(); len(r.GetCpus()) != 0 || r.GetOomScoreAdj() != 900 {
+		t.Errorf("%v", r)
 	}
 	ask("pinned", strconv.Itoa(int(online[0])), -500)
-	if r, err := h.machine(); !slices.Equal(r.GetCpus(), online[:1]) || r.GetOomScoreAdj() != -500 || err != nil {
-		t.Errorf("%v, %v", r, err)
+	if r := h.machine(); !slices.Equal(r.GetCpus(), online[:1]) || r.GetOomScoreAdj() != -500 {
+		t.Errorf("%v", r)
 	}
 	ask("all", strings.TrimSpace(string(b)), 0)
-	if r, err := h.machine(); !slices.Equal(r.GetCpus(), online) || err != nil {
-		t.Errorf("%v, %v", r, err)
+	if r := h.machine(); !slices.Equal(r.GetCpus(), online) {
+		t.Errorf("%v", r)
 	}
-	ask("elsewhere", "1023", 0)
-	if _, err := h.machine(); !errdefs.IsInvalidArgument(err) || !strings.HasPrefix(err.Error(), "cpuset_cpus: ") {
+	if _, err := hostCPUs("1023"); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("a CPU that the host doesn't have: %v", err)
 	}
 }

@@ -70,13 +70,13 @@ func (c *Container) UpdateResources(ctx context.Context, work func(now *runtimea
 	if err != nil {
 		return fmt.Errorf("update container %s: %w", c.id, err)
 	}
-	if err := c.pod.askHost(ctx, c.id, u.Resources); err != nil {
-		return fmt.Errorf("update container %s: linux.%w", c.id, err)
+	if err := c.pod.askHost(ctx, "linux", c.id, u.Resources); err != nil {
+		return fmt.Errorf("update container %s: %w", c.id, err)
 	}
 	if _, err := ask(ctx, client.UpdateContainer, &guestapi.UpdateContainerRequest{Id: c.id, Resources: b, OomScoreAdj: u.OOMScoreAdj}); err != nil {
 		uctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 		defer cancel()
-		if herr := c.pod.askHost(uctx, c.id, now); herr != nil {
+		if herr := c.pod.askHost(uctx, "linux", c.id, now); herr != nil {
 			klog.ErrorS(herr, "Undoing a failed update", "pod", c.pod.id, "container", c.id)
 		}
 		return fmt.Errorf("update container %s: %w", c.id, err)
