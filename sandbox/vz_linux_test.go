@@ -3,13 +3,11 @@
 package sandbox
 
 import (
-	"context"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -21,47 +19,6 @@ import (
 	shimapi "github.com/cri-vz/cri-vz/sandbox/shim/api"
 )
 
-// natNetwork is a network as macOS has it: a NIC behind the host's own NAT, which is
-// QEMU's here.
-type natNetwork struct {
-	mu   sync.Mutex
-	pods []string
-}
-
-func (n *natNetwork) SetUp(_ context.Context, p network.Pod) (*network.Result, error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.pods = append(n.pods, p.ID)
-	return &network.Result{
-		Interface: network.InterfaceName, MAC: "02:00:00:00:00:01", MTU: 1500,
-		Addresses: []netip.Prefix{netip.MustParsePrefix("10.0.2.15/24")},
-		Routes: []network.Route{
-			{Destination: netip.MustParsePrefix("10.0.2.0/24")},
-			{Destination: netip.MustParsePrefix("0.0.0.0/0"), Gateway: netip.MustParseAddr("10.0.2.2")},
-		},
-	}, nil
-}
-
-func (n *natNetwork) OpenTap(string) (*os.File, error) { return nil, nil }
-
-func (n *natNetwork) TearDown(_ context.Context, id string) error {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	for i, p := range n.pods {
-		if p == id {
-			n.pods = append(n.pods[:i], n.pods[i+1:]...)
-			break
-		}
-	}
-	return nil
-}
-
-func (n *natNetwork) Pods() ([]string, error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return append([]string(nil), n.pods...), nil
-}
-
 // A pod's life by the macOS driver, with the image that a Mac boots, the real agent, a
 // container and volumes, against the stand-in for the framework. // T47, T50
 func TestPodOnVZ(t *testing.T) {
@@ -69,12 +26,17 @@ func TestPodOnVZ(t *testing.T) {
 	t.Setenv("FAKEVZ_ARCH", guestArch) // for the shim
 	guest, _ := guestAndLayer(t)
 	dir := shortTemp(t)
+	// QEMU's NAT takes the framework's place.
+	nat, err := network.NewNAT(filepath.Join(dir, "net"), netip.MustParsePrefix("10.0.2.0/24"), netip.MustParseAddr("10.0.2.2"))
+	if err != nil {
+		t.Fatal(err)
+	}
 	e := newEnv(t, Options{
 		Root: filepath.Join(dir, "root"), Run: filepath.Join(dir, "run"),
 		Driver:  shim.Driver{Name: shim.DriverVZ},
 		Guest:   func(string) (Guest, error) { return guest, nil },
 		Scratch: scratch.CreateScratch,
-		Network: &natNetwork{}, Boots: 1,
+		Network: nat, Boots: 1,
 		Classes:     map[string]Class{"": {MemoryBytes: 192 << 20}},
 		ShimCommand: []string{self(t), "shim"},
 		CgroupRoot:  "cri-vz-test-" + filepath.Base(dir),
@@ -83,7 +45,7 @@ func TestPodOnVZ(t *testing.T) {
 	start := time.Now()
 	p := e.run("mac")
 	t.Logf("ready after %.1f s", time.Since(start).Seconds())
-	if st := p.Status(); !st.Ready || len(st.IPs) != 1 {
+	if st := p.Status(); !st.Ready || len(st.IPs) != 1 || st.IPs[0].String() != "10.0.2.128" { // T42
 		t.Fatalf("status %+v", st)
 	}
 
@@ -166,6 +128,25 @@ func TestPodOnVZ(t *testing.T) {
 		}
 		if left, _ := filepath.Glob(filepath.Join(p.dir, shim.FilesDir, "*")); len(left) != 0 {
 			t.Errorf("left behind: %q", left)
+		}
+	})
+	t.Run("network behind the NAT", func(t *testing.T) {
+		l, err := net.Listen("tcp", "127.0.0.1:0") // which QEMU's NAT shows as the gateway
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		go func() {
+			if c, err := l.Accept(); err == nil {
+				_, _ = c.Write([]byte("from outside"))
+				_ = c.Close()
+			}
+		}()
+		_, port, _ := net.SplitHostPort(l.Addr().String())
+		c := e.start(e.create(p, "dial", nil, "dial", "10.0.2.2:"+port))
+		await(t, "exit", 20*time.Second, exited(c))
+		if b, _ := os.ReadFile(c.Status().LogPath); !strings.Contains(string(b), "stdout P from outside") && !strings.Contains(string(b), "stdout F from outside") {
+			t.Errorf("log %q", b)
 		}
 	})
 	t.Run("what can't be a volume", func(t *testing.T) {

@@ -110,6 +110,7 @@ type Network struct {
 	cfg Config
 	// portmapTurn is a semaphore of one; see pluginExec.
 	portmapTurn chan struct{}
+	platform
 }
 
 // New checks cfg and fills in defaults. It creates StateDir and RunDir and

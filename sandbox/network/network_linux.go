@@ -29,6 +29,9 @@ const (
 	statusTimeout = 5 * time.Second
 )
 
+// platform is what a Network needs besides, which is nothing here.
+type platform struct{}
+
 func newNetwork(cfg Config) (*Network, error) {
 	if cfg.ConfDir == "" {
 		cfg.ConfDir = "/etc/cni/net.d"

@@ -59,6 +59,13 @@ func main() {
 				c.Close()
 			}()
 		}
+	case "dial": // prints what the other side says
+		c, err := net.DialTimeout("tcp", arg(2), 10*time.Second)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		_, _ = io.Copy(os.Stdout, c)
 	case "read":
 		b, err := os.ReadFile(arg(2))
 		if err != nil {
