@@ -13,6 +13,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"time"
@@ -368,7 +369,8 @@ func unpackKernel(path, name, arch, dir, sum string) (kernel, error) {
 	if k.info, err = parseKernel(pkg.kernel, arch); err != nil {
 		return kernel{}, err
 	}
-	if k.info.Format == FormatBzImage {
+	// The Virtualization framework boots an Intel Mac's bzImage and no vmlinux.
+	if k.info.Format == FormatBzImage && runtime.GOOS != "darwin" {
 		vmlinux, err := unpackBzImage(pkg.kernel)
 		if err != nil {
 			return kernel{}, err

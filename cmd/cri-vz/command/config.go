@@ -15,7 +15,7 @@ func newConfig() *cobra.Command {
 		Short: "Print a configuration file with every key, its default and what it means",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			_, err := cmd.OutOrStdout().Write(config.Default)
+			_, err := cmd.OutOrStdout().Write(config.PlatformDefault())
 			return err
 		},
 	}, &cobra.Command{

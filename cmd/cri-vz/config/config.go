@@ -127,6 +127,23 @@ func Load(path string, flags Flags) (*Config, error) {
 	return c, nil
 }
 
+// PlatformDefault is Default with what is different on this system.
+func PlatformDefault() []byte {
+	var before, after Config
+	if _, err := decode(Default, &before); err != nil { // a test says that it can't
+		return Default
+	}
+	after = before
+	platformDefaults(&after)
+	b := Default
+	for _, v := range [][3]string{
+		{"root", before.Root, after.Root}, {"run", before.Run, after.Run}, {"driver", before.VM.Driver, after.VM.Driver},
+	} {
+		b = bytes.Replace(b, fmt.Appendf(nil, "\n%s = %q\n", v[0], v[1]), fmt.Appendf(nil, "\n%s = %q\n", v[0], v[2]), 1)
+	}
+	return b
+}
+
 // platformDefaults puts state where a Mac user expects it (T14).
 func platformDefaults(c *Config) {
 	if runtime.GOOS != "darwin" {

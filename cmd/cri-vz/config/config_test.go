@@ -3,6 +3,7 @@ package config
 import (
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 )
@@ -84,5 +85,21 @@ func TestBadConfigurationsAreNamed(t *testing.T) {
 	}
 	if _, err := Load(filepath.Join(t.TempDir(), "missing.toml"), Flags{}); err == nil {
 		t.Error("a missing file is not an error")
+	}
+}
+
+// What `config default` prints is what holds without a file, on this system too.
+func TestThePrintedDefaultIsTheDefault(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "config.toml")
+	if err := os.WriteFile(path, PlatformDefault(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	written, err := Load(path, Flags{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	none, err := Load("", Flags{})
+	if err != nil || !reflect.DeepEqual(written, none) {
+		t.Errorf("with the printed file %+v, without one %+v, %v", written, none, err)
 	}
 }
