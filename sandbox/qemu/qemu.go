@@ -24,9 +24,10 @@
 // are not seen by the guest; below a writable one they are, if they are made in
 // the mount namespace of the process.
 //
-// Shares are cached by the guest for one second (virtiofsd's cache=auto): a file
-// that the host changes shows its new content when it is opened next, names and
-// attributes are at most a second old. File locks, extended attributes and ACLs
+// A file that the host changes shows its new content when it is opened next. Names
+// and attributes in a writable share are never old with Debian 12's virtiofsd, and
+// at most a second with Debian 13's, which has no such option (cache=auto). File
+// locks, extended attributes and ACLs
 // stay inside the guest or are not supported.
 //
 // # What it does not promise

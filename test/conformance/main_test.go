@@ -113,7 +113,7 @@ func run(m *testing.M, base string) (code int, err error) {
 	}
 	prepared := time.Since(began)
 	code = m.Run()
-	for _, p := range pods.all {
+	for _, p := range pods {
 		if _, err := suite.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.ID}); err != nil {
 			return 1, err
 		}
@@ -197,19 +197,14 @@ type sharedPod struct {
 	Idle string // container id
 }
 
-// pods are the shared pods; they live until the suite ends.
-var pods struct {
-	mu  sync.Mutex
-	all map[string]*sharedPod
-}
+// pods are the shared pods by name; they live until the suite ends.
+var pods = map[string]*sharedPod{}
 
 // shared is the shared pod with that mode of its pid namespace.
 func shared(t *testing.T, pid runtimeapi.NamespaceMode) *sharedPod {
 	t.Helper()
 	name := "shared-" + strings.ToLower(pid.String())
-	pods.mu.Lock()
-	defer pods.mu.Unlock()
-	if p := pods.all[name]; p != nil {
+	if p := pods[name]; p != nil {
 		return p
 	}
 	cfg := podConfig(name)
@@ -222,10 +217,7 @@ func shared(t *testing.T, pid runtimeapi.NamespaceMode) *sharedPod {
 		t.Fatalf("run the %s pod: %v", name, err)
 	}
 	s := &sharedPod{Pod: p}
-	if pods.all == nil {
-		pods.all = map[string]*sharedPod{}
-	}
-	pods.all[name] = s
+	pods[name] = s
 	if s.Idle, err = p.CreateAndStart(context.Background(), "idle", cri.AsRoot, cri.Command("/bin/sleep", "infinity")); err != nil {
 		t.Fatalf("start the idle container of the %s pod: %v", name, err)
 	}

@@ -104,6 +104,10 @@ func TestMounts(t *testing.T) {
 func TestConfigMapUpdates(t *testing.T) { // T31
 	p := sharedPodOf(t)
 	dir := directory(t)
+	// A directory that goes at once is missed by who has just read the link, on the
+	// host itself in 7 of 1,000 swaps, and more often the slower the machine. It
+	// stays for half a second, which is less than a link may be cached by default.
+	const kept = 100
 	update := func(i int) {
 		t.Helper()
 		version := fmt.Sprintf("..%d", i)
@@ -118,8 +122,8 @@ func TestConfigMapUpdates(t *testing.T) { // T31
 		if err := os.Rename(tmp, filepath.Join(dir, "..data")); err != nil {
 			t.Fatal(err)
 		}
-		if i > 0 {
-			if err := os.RemoveAll(filepath.Join(dir, fmt.Sprintf("..%d", i-1))); err != nil {
+		if i >= kept {
+			if err := os.RemoveAll(filepath.Join(dir, fmt.Sprintf("..%d", i-kept))); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -129,17 +133,30 @@ func TestConfigMapUpdates(t *testing.T) { // T31
 		t.Fatal(err)
 	}
 	id := p.Start(t, "config", cri.AsRoot, cri.Command("/bin/sleep", "infinity"), volume(dir, "/config", true))
-	for i := range 10 {
-		if i > 0 {
-			update(i)
-		}
-		cri.Eventually(t, 2*time.Second, "the new value", func() error {
-			r := p.Do(t, id, "/bin/cat", "/config/key")
-			if want := fmt.Sprintf("value %d\n", i); r.Code != 0 || r.Stdout != want {
+	shows := func(want string) func() error {
+		return func() error {
+			if r := p.Do(t, id, "/bin/cat", "/config/key"); r.Code != 0 || r.Stdout != want {
 				return fmt.Errorf("%+v, want %q", r, want)
 			}
 			return nil
-		})
+		}
+	}
+	cri.Eventually(t, 2*time.Second, "the value", shows("value 0\n"))
+	update(1)
+	cri.Eventually(t, 2*time.Second, "the new value", shows("value 1\n"))
+
+	const last = 1000
+	reader := p.Start(t, "reader", cri.AsRoot, cri.Command("/app/web", "reread", "/config/key", fmt.Sprintf("value %d", last)), volume(dir, "/config", true))
+	for i := 2; i <= last; i++ {
+		update(i)
+		time.Sleep(5 * time.Millisecond)
+	}
+	cri.Eventually(t, 2*time.Second, "the last value", shows(fmt.Sprintf("value %d\n", last)))
+	st := p.WaitExit(t, reader, 5*time.Second)
+	if log := cri.ReadLog(t, st.GetLogPath()); st.GetExitCode() != 0 {
+		t.Errorf("the reader: %+v", log)
+	} else {
+		t.Logf("the reader saw %s", log.Stdout)
 	}
 }
 

@@ -30,7 +30,7 @@ var commands = map[string]command{
 	"web": web, "sleep": sleep, "echo": echo, "cat": cat, "exit": exit, "env": env, "id": id, "pwd": pwd, "ls": ls,
 	"tcp-echo": tcpEcho, "tcp-traffic": tcpTraffic, "udp-echo": udpEcho, "write": write, "flood": flood, "trap-term": trapTerm, "oom": oom,
 	"spawn-zombies": spawnZombies, "orphan": orphan, "get": get, "hostname": hostname,
-	"err": errText, "count": count, "long": long, "detach": detach, "mount": mount, "fill": fill,
+	"err": errText, "count": count, "long": long, "detach": detach, "mount": mount, "fill": fill, "reread": reread,
 }
 
 func main() {
@@ -272,6 +272,39 @@ func udpEcho(args []string) (int, error) {
 			return 1, err
 		}
 	}
+}
+
+// reread reads a file again and again until it holds END, and says how often it
+// changed, and whether it ever could not be read.
+func reread(args []string) (int, error) {
+	if len(args) != 2 {
+		return 2, errUsage
+	}
+	var last string
+	var changes, failures int
+	var first error
+	for deadline := time.Now().Add(time.Minute); ; {
+		b, err := os.ReadFile(args[0])
+		if err != nil {
+			if failures++; first == nil {
+				first = err
+			}
+		} else if text := strings.TrimSpace(string(b)); text != last {
+			changes++
+			last = text
+		}
+		if last == args[1] {
+			break
+		}
+		if time.Now().After(deadline) {
+			return 1, fmt.Errorf("it holds %q after a minute", last)
+		}
+	}
+	fmt.Printf("%d values\n", changes)
+	if failures > 0 {
+		return 1, fmt.Errorf("%d failures, the first: %w", failures, first)
+	}
+	return 0, nil
 }
 
 // write puts a text and a line end into a file, and syncs it.
