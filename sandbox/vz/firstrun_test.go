@@ -184,7 +184,7 @@ func TestFirstRun4TwoNICs(t *testing.T) {
 func TestFirstRun5ManyMachines(t *testing.T) {
 	n := 20
 	if runtime.GOOS != "darwin" {
-		n = 3 // emulated
+		n = 2 // emulated
 	}
 	start := func() (machines []vmm.Machine) {
 		t.Helper()
