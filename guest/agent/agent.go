@@ -239,6 +239,7 @@ type ctr struct {
 	writable *writable
 	mounts   []string // to unmount, the last one first
 	volumes  []string // those of them that are the host's
+	shared   []string // the places of those in the share "volumes"
 
 	mu       sync.Mutex // guards what follows
 	state    state

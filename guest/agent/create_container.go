@@ -216,6 +216,8 @@ func (a *Agent) resolveMounts(c *ctr) error {
 		case strings.HasPrefix(m.Source, api.VolumeScheme):
 			if err = a.pinVolume(strings.TrimPrefix(m.Source, api.VolumeScheme), target); err == nil {
 				c.volumes = append(c.volumes, target)
+				name, _, _ := strings.Cut(strings.TrimPrefix(m.Source, api.VolumeScheme), "/")
+				c.shared = append(c.shared, filepath.Join(a.paths.volumes, name))
 			}
 		case strings.HasPrefix(m.Source, api.AgentScheme):
 			switch name := strings.TrimPrefix(m.Source, api.AgentScheme); name {
@@ -415,6 +417,9 @@ func (a *Agent) destroy(c *ctr) error {
 		}
 	}
 	c.mounts = nil
+	if err := c.forgetVolumes(); err != nil {
+		errs = append(errs, err)
+	}
 	if err := a.layers.release(c.layers); err != nil {
 		errs = append(errs, err)
 	}
@@ -428,6 +433,26 @@ func (a *Agent) destroy(c *ctr) error {
 		// Mount points only: whatever were still mounted must not be emptied.
 		errs = append(errs, removeMountPoints(c.dir))
 	}
+	return errors.Join(errs...)
+}
+
+// forgetVolumes makes the guest's kernel let go of what it knows of the container's
+// volumes: for each file and directory that it remembers, virtiofsd keeps a
+// descriptor, and with it the host's file system busy (T34).
+func (c *ctr) forgetVolumes() error {
+	if len(c.shared) == 0 {
+		return nil
+	}
+	var errs []error
+	for _, v := range c.shared {
+		// The automount that a file system of its own is in the share. Names are
+		// one container's: nobody else uses it.
+		errs = append(errs, unmount(v))
+	}
+	if os.Getpid() == 1 { // in a guest: there is no call to forget one tree only
+		errs = append(errs, os.WriteFile("/proc/sys/vm/drop_caches", []byte("2"), 0))
+	}
+	c.shared = nil
 	return errors.Join(errs...)
 }
 
