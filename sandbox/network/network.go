@@ -108,8 +108,6 @@ type DNS struct {
 // one at a time.
 type Network struct {
 	cfg Config
-	// portmapTurn is a semaphore of one; see pluginExec.
-	portmapTurn chan struct{}
 	platform
 }
 

@@ -29,8 +29,11 @@ const (
 	statusTimeout = 5 * time.Second
 )
 
-// platform is what a Network needs besides, which is nothing here.
-type platform struct{}
+// platform is what a Network is made of here.
+type platform struct {
+	// portmapTurn is a semaphore of one; see pluginExec.
+	portmapTurn chan struct{}
+}
 
 func newNetwork(cfg Config) (*Network, error) {
 	if cfg.ConfDir == "" {
@@ -64,7 +67,7 @@ func newNetwork(cfg Config) (*Network, error) {
 		}
 		f.Close()
 	}
-	n := &Network{cfg: cfg, portmapTurn: make(chan struct{}, 1)}
+	n := &Network{cfg: cfg, platform: platform{portmapTurn: make(chan struct{}, 1)}}
 	for _, dir := range []string{n.recordDir(), filepath.Join(cfg.RunDir, "netns")} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("network: %w", err)
