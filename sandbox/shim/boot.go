@@ -143,7 +143,14 @@ func (s *Shim) bootOnce(ctx context.Context, sandbox *guestapi.SetUpSandboxReque
 	_, _ = rand.Read(sandbox.Entropy) // never fails
 	sctx, scancel := context.WithTimeout(ctx, 6*time.Duration(s.cfg.Timeouts.Agent))
 	setUp, err := bounded(sctx, "set up sandbox", a.SetUpSandbox, sandbox)
+	early := sctx.Err() == nil
 	scancel()
+	if early && errdefs.IsDeadlineExceeded(err) {
+		// The guest's bound ran out before this one: it hung, or its kernel took the
+		// measure of its clock while the host was busy, and the clock runs many
+		// times too fast. A fresh VM measures again. // T7
+		err = fmt.Errorf("%w: %w", err, errStalled)
+	}
 	if err != nil {
 		return fmt.Errorf("sandbox set-up: %w", err)
 	}

@@ -273,6 +273,16 @@ func TestBootRetry(t *testing.T) {
 	}
 }
 
+// T7: a guest whose clock runs too fast says at once that it is too late; the next
+// VM may be better.
+func TestBootRetryAfterLateSetUp(t *testing.T) {
+	r := newRig(t, &shimtest.Driver{LateSetUps: 1}, Timeouts{})
+	r.boot()
+	if n := len(r.driver.Machines()); n != 2 {
+		t.Errorf("%d machines", n)
+	}
+}
+
 // T10: whoever learns of an exit finds it on record.
 func TestExitIsOnRecordFirst(t *testing.T) {
 	r := newRig(t, &shimtest.Driver{}, Timeouts{})

@@ -40,6 +40,9 @@ type Driver struct {
 	Version uint32
 	// OnSetUp is called with what the agent gets.
 	OnSetUp func(*guestapi.SetUpSandboxRequest)
+	// LateSetUps is how many machines, from the first on, say that setting up the
+	// sandbox took them too long.
+	LateSetUps int
 
 	mu       sync.Mutex
 	machines []*Machine
@@ -402,6 +405,9 @@ func (m *Machine) Hello(ctx context.Context, _ *guestapi.HelloRequest) (*guestap
 func (m *Machine) SetUpSandbox(ctx context.Context, r *guestapi.SetUpSandboxRequest) (*guestapi.SetUpSandboxResponse, error) {
 	if m.driver.OnSetUp != nil {
 		m.driver.OnSetUp(r)
+	}
+	if len(m.driver.Machines()) <= m.driver.LateSetUps {
+		return nil, status.Error(codes.DeadlineExceeded, "too late")
 	}
 	return &guestapi.SetUpSandboxResponse{}, m.answer(ctx)
 }
