@@ -17,48 +17,6 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// T31: whoever reads a ConfigMap's file while its directory is swapped a thousand
-// times never gets an error or an older value, and has the last one within 2 s.
-func TestSwapsUnderAReader(t *testing.T) {
-	p := sharedPodOf(t)
-	dir := filepath.Join(suite.base, "swaps")
-	const last = 1000
-	version := func(i int) string { return filepath.Join(dir, fmt.Sprintf("..%d", i)) }
-	update := func(i int) error {
-		tmp := filepath.Join(dir, "..data_tmp")
-		return errors.Join(
-			os.MkdirAll(version(i), 0o755),
-			os.WriteFile(filepath.Join(version(i), "key"), fmt.Appendln(nil, i), 0o644),
-			os.Symlink(filepath.Base(version(i)), tmp),
-			os.Rename(tmp, filepath.Join(dir, "..data")))
-	}
-	if err := errors.Join(update(0), os.Symlink("..data/key", filepath.Join(dir, "key"))); err != nil {
-		t.Fatal(err)
-	}
-	id := p.start(t, "swaps", command("/app/web", "watch", "/config/key", fmt.Sprint(last)),
-		mount(&runtimeapi.Mount{HostPath: dir, ContainerPath: "/config", Readonly: true}))
-	waitForLog(t, p.container(t, id).GetLogPath(), "watching")
-	for i := 1; i <= last; i++ {
-		if err := update(i); err != nil {
-			t.Fatal(err)
-		}
-		// A kubelet removes the version before at once; a reader that has followed
-		// the link but not opened the file yet would find it gone, as on the host.
-		if i >= 100 {
-			if err := os.RemoveAll(version(i - 100)); err != nil {
-				t.Fatal(err)
-			}
-		}
-		time.Sleep(time.Millisecond)
-	}
-	st := p.waitExit(t, id, 2*time.Second+time.Second) // 1 s for the exit to be told
-	out := readLog(t, st.GetLogPath())
-	t.Logf("%s", strings.TrimSpace(out.stdout))
-	if st.GetExitCode() != 0 {
-		t.Errorf("exit code %d: %s", st.GetExitCode(), out.stderr)
-	}
-}
-
 // T34: a file system that was a volume is the host's alone again when
 // RemoveContainer returns, while the pod lives on.
 func TestVolumeIsReleased(t *testing.T) {

@@ -2,46 +2,13 @@ package main
 
 import (
 	"errors"
-	"fmt"
 	"os"
-	"strconv"
-	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
 func init() {
-	commands["watch"], commands["map-write"], commands["lock"] = watch, mapWrite, lock
-}
-
-// watch FILE LAST reads FILE, which holds a number, over and over until it is LAST.
-// A read that fails, or a number that is smaller than the one before, is an error.
-func watch(args []string) (int, error) {
-	if len(args) != 2 {
-		return 2, errUsage
-	}
-	last, reads, seen := -1, 0, 0
-	for {
-		b, err := os.ReadFile(args[0])
-		if err != nil {
-			return 1, fmt.Errorf("after %d reads: %w", reads, err)
-		}
-		n, err := strconv.Atoi(strings.TrimSpace(string(b)))
-		if err != nil || n < last {
-			return 1, fmt.Errorf("after %d reads: %q follows %d", reads, b, last)
-		}
-		reads++
-		if n != last {
-			seen++
-			if last < 0 {
-				fmt.Println("watching")
-			}
-		}
-		if last = n; args[1] == strconv.Itoa(n) {
-			fmt.Printf("%d reads, %d values\n", reads, seen)
-			return 0, nil
-		}
-	}
+	commands["map-write"], commands["lock"] = mapWrite, lock
 }
 
 // mapWrite FILE TEXT writes by a shared mapping and leaves it to others to sync it.
