@@ -8,14 +8,14 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cri-vz/cri-vz/test/testnode"
 )
 
 // saveMachine notes what a kubelet changes outside of its own directories; the
@@ -67,20 +67,20 @@ func podCgroups() []string {
 // sweep removes all that the test made, and says what should not have been there.
 func sweep(base string) (left []string) {
 	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-		rest := descendants(os.Getpid())
+		rest := testnode.Descendants(os.Getpid())
 		for _, p := range rest {
-			if p.state == 'Z' {
-				_, _ = unix.Wait4(p.pid, nil, unix.WNOHANG, nil)
+			if p.State == 'Z' {
+				_, _ = unix.Wait4(p.PID, nil, unix.WNOHANG, nil)
 				continue
 			}
-			left = append(left, fmt.Sprintf("process %d: %.200s", p.pid, p.command))
-			_ = unix.Kill(p.pid, unix.SIGKILL)
+			left = append(left, fmt.Sprintf("process %d: %.200s", p.PID, p.Command))
+			_ = unix.Kill(p.PID, unix.SIGKILL)
 		}
 		if len(rest) == 0 || time.Now().After(deadline) {
 			break
 		}
 	}
-	for _, m := range mountsBelow(base) {
+	for _, m := range testnode.MountsBelow(base) {
 		// The kubelet mounts its own directory where the machine's mounts aren't shared.
 		if m != filepath.Join(base, kubeletRoot) {
 			left = append(left, "mount "+m)
@@ -124,90 +124,4 @@ func becomeSubreaper() error {
 		return fmt.Errorf("become a subreaper: %w", err)
 	}
 	return nil
-}
-
-// waitAndReap waits for cmd and meanwhile reaps what was orphaned to us, as a
-// node's PID 1 does.
-func waitAndReap(cmd *exec.Cmd) error {
-	stop := make(chan struct{})
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for {
-			select {
-			case <-stop:
-				return
-			case <-time.After(50 * time.Millisecond):
-			}
-			for _, p := range processes() {
-				if p.parent == os.Getpid() && p.pid != cmd.Process.Pid && p.state == 'Z' {
-					_, _ = unix.Wait4(p.pid, nil, unix.WNOHANG, nil)
-				}
-			}
-		}
-	}()
-	err := cmd.Wait()
-	close(stop)
-	<-done
-	return err
-}
-
-// process is a process of this host as /proc shows it.
-type process struct {
-	pid, parent int
-	state       byte
-	command     string // arguments, separated by spaces
-}
-
-// processes lists all processes; those that end meanwhile are left out.
-func processes() []process {
-	dirs, _ := filepath.Glob("/proc/[0-9]*")
-	var all []process
-	for _, dir := range dirs {
-		stat, err := os.ReadFile(filepath.Join(dir, "stat"))
-		if err != nil {
-			continue
-		}
-		fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
-		if len(fields) < 2 {
-			continue
-		}
-		p := process{state: fields[0][0]}
-		p.pid, _ = strconv.Atoi(filepath.Base(dir))
-		p.parent, _ = strconv.Atoi(fields[1])
-		args, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
-		p.command = strings.TrimSpace(strings.ReplaceAll(string(args), "\x00", " "))
-		all = append(all, p)
-	}
-	return all
-}
-
-// descendants lists the children of pid, theirs and so on.
-func descendants(pid int) []process {
-	all := processes()
-	var found []process
-	for parents := []int{pid}; len(parents) > 0; parents = parents[1:] {
-		for _, p := range all {
-			if p.parent == parents[0] {
-				found, parents = append(found, p), append(parents, p.pid)
-			}
-		}
-	}
-	return found
-}
-
-// mountsBelow lists mount points below dir, the deepest first.
-func mountsBelow(dir string) []string {
-	info, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		return []string{err.Error()}
-	}
-	var found []string
-	for line := range strings.Lines(string(info)) {
-		if f := strings.Fields(line); len(f) > 4 && strings.HasPrefix(f[4], dir+"/") {
-			found = append(found, f[4])
-		}
-	}
-	slices.SortFunc(found, func(a, b string) int { return len(b) - len(a) })
-	return found
 }

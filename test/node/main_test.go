@@ -27,6 +27,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	"github.com/cri-vz/cri-vz/test/images"
+	"github.com/cri-vz/cri-vz/test/testnode"
 )
 
 // As in test/e2e, an outer process makes the place (a directory and a network
@@ -99,7 +100,7 @@ func outer() (code int, err error) {
 	if err := cmd.Start(); err != nil {
 		return 1, errors.Join(err, os.RemoveAll(base))
 	}
-	werr := waitAndReap(cmd)
+	werr := testnode.WaitAndReap(cmd)
 	left := sweep(base)
 	if err := restore(); err != nil {
 		left = append(left, err.Error())

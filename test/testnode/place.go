@@ -75,7 +75,7 @@ func outer(prefix string) (code int, err error) {
 	if err := inNetns(node, cmd.Start); err != nil {
 		return 1, err
 	}
-	werr := waitAndReap(cmd)
+	werr := WaitAndReap(cmd)
 	left := sweep(base, node)
 	after, lerr := Links()
 	for _, l := range after {
@@ -111,9 +111,9 @@ func inNetns(path string, f func() error) error {
 	return errors.Join(f(), unix.Setns(int(own.Fd()), unix.CLONE_NEWNET))
 }
 
-// waitAndReap waits for cmd and meanwhile reaps what was orphaned to us, as a
+// WaitAndReap waits for cmd and meanwhile reaps what was orphaned to us, as a
 // node's PID 1 does.
-func waitAndReap(cmd *exec.Cmd) error {
+func WaitAndReap(cmd *exec.Cmd) error {
 	stop := make(chan struct{})
 	done := make(chan struct{})
 	go func() {
