@@ -23,7 +23,8 @@ spec:
   containers:
   - name: main
     image: IMAGE
-    command: [sh, -c, "echo hello from $HOSTNAME; echo no >&2; exec sleep infinity"]
+    # Two streams: what is written to them at once may come in either order.
+    command: [sh, -c, "echo hello from $HOSTNAME; sleep 1; echo no >&2; exec sleep infinity"]
 `)
 	n.eventually(time.Minute, "the log", func() error {
 		if got := n.run("logs", "hello"); got != "hello from hello\nno\n" {
