@@ -8,11 +8,13 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strconv"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/cri-vz/cri-vz/guest/agent/container"
 	"github.com/cri-vz/cri-vz/guest/api"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
@@ -135,7 +137,10 @@ func (a *Agent) launch(ctx context.Context, sb *sandbox, p *process, cg cgroup, 
 	_ = conn.SetDeadline(deadline)
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(past) })
 	defer stop()
-	err = container.WriteConfig(conn, config)
+	err = p.limitOOMScore(config.Spec.Process)
+	if err == nil {
+		err = container.WriteConfig(conn, config)
+	}
 	if err == nil || isClosed(err) {
 		err = container.ReadReport(conn)
 	}
@@ -154,6 +159,20 @@ func (a *Agent) launch(ctx context.Context, sb *sandbox, p *process, cg cgroup, 
 		a.log.Printf("kill a process that failed to start: %v", e)
 	}
 	wait(p.exited, 5*time.Second)
+	return err
+}
+
+// limitOOMScore gives a process that waits for its configuration its OOM score, and
+// with it the lowest one that it can give itself. It inherits pod-init's, and only
+// PID 1, which has CAP_SYS_RESOURCE also over user namespaces, moves that (T25).
+func (p *process) limitOOMScore(spec *specs.Process) error {
+	if p.pid == 0 || spec.OOMScoreAdj == nil {
+		return nil
+	}
+	err := os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", p.pid), []byte(strconv.Itoa(*spec.OOMScoreAdj)), 0)
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+		return nil // it is gone, and ReadReport or Wait says so
+	}
 	return err
 }
 

@@ -912,6 +912,20 @@ func TestUserNamespace(t *testing.T) {
 	if got, w := v.run(r, spec("read", "/proc/self/oom_score_adj")); w.ExitCode != 0 || got != "0\n" {
 		t.Errorf("the container's OOM score: %q, %v", got, w)
 	}
+	// T25: nobody in the pod is as safe as pod-init, whose children they are.
+	if got, w := v.run(r, spec("write", "/proc/self/oom_score_adj", "-1")); w.ExitCode == 0 || !strings.Contains(got, "denied") {
+		t.Errorf("a container made itself safer from the OOM killer: %q, %v", got, w)
+	}
+	if got, code := v.exec("a", "e", "/probe", "write", "/proc/self/oom_score_adj", "-1"); code == 0 || !strings.Contains(got, "denied") {
+		t.Errorf("an exec made itself safer from the OOM killer: %q, %d", got, code)
+	}
+	// T37: the guest's device, whatever its name in the container.
+	s = spec("read", "/dev/empty")
+	s.Linux.Devices = []specs.LinuxDevice{{Path: "/dev/empty", Type: "c", Major: 1, Minor: 3}}
+	s.Linux.Resources = &specs.LinuxResources{Devices: []specs.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}}
+	if got, w := v.run(r, s); w.ExitCode != 0 || got != "" {
+		t.Errorf("a device under another name: %q, %v", got, w)
+	}
 	_, _ = v.agent.Shutdown(v.ctx(), &api.ShutdownRequest{})
 	<-v.gone
 }

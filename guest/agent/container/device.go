@@ -9,6 +9,7 @@ import (
 	"path"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -128,19 +129,43 @@ func makeDevice(root rootDir, d specs.LinuxDevice) error {
 	return nil
 }
 
+// bindDevice mounts the guest's own node of a device at name.
 func bindDevice(root rootDir, name string, kind uint32, number uint64) error {
-	source, err := openat2(unix.AT_FDCWD, name, unix.O_PATH, unix.RESOLVE_NO_SYMLINKS)
-	if err != nil {
-		return fmt.Errorf("the guest's %s: %w", name, err)
-	}
-	defer unix.Close(source)
 	if kind == unix.S_IFIFO {
 		return invalid("a FIFO can't be made in a user namespace")
 	}
+	node, err := guestNode(kind, number)
+	if err != nil {
+		return err
+	}
+	source, err := openat2(unix.AT_FDCWD, node, unix.O_PATH, unix.RESOLVE_NO_SYMLINKS)
+	if err != nil {
+		return fmt.Errorf("the guest's %s: %w", node, err)
+	}
+	defer unix.Close(source)
 	if err := requireDevice(source, number); err != nil {
-		return fmt.Errorf("the guest's %s: %w", name, err)
+		return fmt.Errorf("the guest's %s: %w", node, err)
 	}
 	return bindFile(root, source, name)
+}
+
+// guestNode is where the guest's kernel has put a device's node (devtmpfs), which
+// is not what the container calls it (T37).
+func guestNode(kind uint32, number uint64) (string, error) {
+	class := "char"
+	if kind == unix.S_IFBLK {
+		class = "block"
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/sys/dev/%s/%d:%d/uevent", class, unix.Major(number), unix.Minor(number)))
+	if err != nil {
+		return "", fmt.Errorf("the guest has no such device: %w", err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if name, ok := strings.CutPrefix(strings.TrimSpace(line), "DEVNAME="); ok {
+			return path.Join("/dev", name), nil
+		}
+	}
+	return "", fmt.Errorf("the guest has no node of device %d:%d", unix.Major(number), unix.Minor(number))
 }
 
 // bindFile mounts the non-directory source at name.
