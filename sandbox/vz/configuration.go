@@ -5,7 +5,9 @@ package vz
 import (
 	"fmt"
 	"os"
+	"runtime"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/Code-Hex/vz/v3"
 
@@ -16,6 +18,9 @@ import (
 const rosettaTag = "rosetta"
 
 // configure describes the machine to the framework, which has a look at it.
+//
+// An object that is handed over is kept alive until the framework has a reference of
+// its own: vz reads the pointer, and its finalizer could run before the call has.
 func (m *machine) configure() error {
 	c := m.config
 	options := []vz.LinuxBootLoaderOption{vz.WithCommandLine(strings.TrimSpace("console=hvc0 " + c.Cmdline))}
@@ -27,6 +32,7 @@ func (m *machine) configure() error {
 		return fmt.Errorf("boot loader: %w", classify(err))
 	}
 	cfg, err := vz.NewVirtualMachineConfiguration(boot, uint(c.CPUs), uint64(c.MemoryBytes))
+	runtime.KeepAlive(boot)
 	if err != nil {
 		return classify(err)
 	}
@@ -73,6 +79,7 @@ func (m *machine) addConsole(cfg *vz.VirtualMachineConfiguration) error {
 		return err
 	}
 	port, err := vz.NewVirtioConsoleDeviceSerialPortConfiguration(att)
+	runtime.KeepAlive(att)
 	if err != nil {
 		return err
 	}
@@ -121,6 +128,7 @@ func (m *machine) addDisks(cfg *vz.VirtualMachineConfiguration) error {
 			return fmt.Errorf("%s: %w", d.Serial, err)
 		}
 		disk, err := vz.NewVirtioBlockDeviceConfiguration(att)
+		runtime.KeepAlive(att)
 		if err != nil {
 			return fmt.Errorf("%s: %w", d.Serial, err)
 		}
@@ -141,6 +149,7 @@ func (m *machine) addShares(cfg *vz.VirtualMachineConfiguration) error {
 			return fmt.Errorf("%s: %w", tag, err)
 		}
 		d.SetDirectoryShare(share)
+		runtime.KeepAlive(share)
 		devices = append(devices, d)
 		return nil
 	}
@@ -172,11 +181,12 @@ func directoryShare(s vmm.Share) (vz.DirectoryShare, error) {
 	if s.Dirs != nil {
 		return multipleShare(s.Dirs)
 	}
-	dir, err := vz.NewSharedDirectory(s.Dir, s.ReadOnly)
+	dir, err := sharedDirectory(s.Dir, s.ReadOnly)
 	if err != nil {
 		return nil, err
 	}
 	share, err := vz.NewSingleDirectoryShare(dir)
+	runtime.KeepAlive(dir)
 	if err != nil {
 		return nil, err // and not share: a nil of its type is not nil
 	}
@@ -186,17 +196,27 @@ func directoryShare(s vmm.Share) (vz.DirectoryShare, error) {
 func multipleShare(dirs map[string]vmm.SharedDir) (vz.DirectoryShare, error) {
 	shared := make(map[string]*vz.SharedDirectory, len(dirs))
 	for name, d := range dirs {
-		dir, err := vz.NewSharedDirectory(d.Dir, d.ReadOnly)
+		dir, err := sharedDirectory(d.Dir, d.ReadOnly)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", name, err)
 		}
 		shared[name] = dir
 	}
 	share, err := vz.NewMultipleDirectoryShare(shared)
+	runtime.KeepAlive(shared)
 	if err != nil {
 		return nil, err
 	}
 	return share, nil
+}
+
+// sharedDirectory refuses what would be nil as an NSString: the exception that comes
+// of it ends the process.
+func sharedDirectory(path string, readOnly bool) (*vz.SharedDirectory, error) {
+	if !utf8.ValidString(path) {
+		return nil, fmt.Errorf("%q is not UTF-8, which macOS wants of names: %w", path, vmm.ErrConfig)
+	}
+	return vz.NewSharedDirectory(path, readOnly)
 }
 
 func (m *machine) addNICs(cfg *vz.VirtualMachineConfiguration) error {
@@ -207,6 +227,7 @@ func (m *machine) addNICs(cfg *vz.VirtualMachineConfiguration) error {
 			return fmt.Errorf("%s: %w", n.MAC, err)
 		}
 		nic, err := vz.NewVirtioNetworkDeviceConfiguration(att)
+		runtime.KeepAlive(att)
 		if err != nil {
 			return fmt.Errorf("%s: %w", n.MAC, err)
 		}
@@ -215,6 +236,7 @@ func (m *machine) addNICs(cfg *vz.VirtualMachineConfiguration) error {
 			return fmt.Errorf("%s: %w", n.MAC, err)
 		}
 		nic.SetMACAddress(mac)
+		runtime.KeepAlive(mac)
 		nics = append(nics, nic)
 	}
 	cfg.SetNetworkDevicesVirtualMachineConfiguration(nics)

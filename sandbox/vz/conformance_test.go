@@ -62,7 +62,12 @@ func TestConformance(t *testing.T) {
 	g := guest(t)
 	g.NIC = func(t *testing.T) vmm.NIC {
 		_, f := frames(t)
-		return vmm.NIC{MAC: []byte{2, 0, 0, 0, 0, 1}, MTU: 1400, Frames: f}
+		return vmm.NIC{MAC: []byte{2, 0, 0, 0, 0, 1}, MTU: framesMTU, Frames: f}
+	}
+	g.LeaksOf = []string{
+		// vz closes the channels of a machine never, or when it is released.
+		"github.com/Code-Hex/go-infinity-channel.(*Channel[...]).infiniteBuffer",
+		"github.com/Code-Hex/vz/v3.(*VirtualMachine).watchDisconnected",
 	}
 	vmmtest.Run(t, newDriver, g)
 }

@@ -21,6 +21,9 @@ const (
 	cmdlineLimit = 2048 - 64
 	// natMTU is that of the framework's NAT; it can't be chosen.
 	natMTU = 1500
+	// framesMTU is the least that a NIC of frames can have; the framework refuses the
+	// whole configuration otherwise.
+	framesMTU = 1500
 )
 
 type driver struct{}
@@ -99,6 +102,8 @@ func validate(c vmm.Config) error {
 			return bad("NIC %s: macOS has no taps", n.MAC)
 		case n.Frames == nil && n.MTU != natMTU:
 			return bad("NIC %s: MTU %d: behind the framework's NAT it is %d", n.MAC, n.MTU, natMTU)
+		case n.Frames != nil && n.MTU < framesMTU:
+			return bad("NIC %s: MTU %d: the framework takes %d or more", n.MAC, n.MTU, framesMTU)
 		}
 	}
 	return nil

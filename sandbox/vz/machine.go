@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"runtime"
 	"sync"
 	"syscall"
 	"time"
@@ -30,15 +31,17 @@ const (
 // errGone is what connections to a machine that ended fail with.
 var errGone = fmt.Errorf("the machine is gone: %w (%w)", syscall.ECONNRESET, errdefs.ErrUnavailable)
 
-// machine is one VZVirtualMachine. Objects of vz stay referenced until it is gone, as
-// finalizers release what is behind them.
+// machine is one VZVirtualMachine. vz's objects stay referenced until it is gone, and
+// not longer: their finalizers release what is behind them, and with it the process
+// that ran the guest.
 type machine struct {
 	config   vmm.Config
 	vzConfig *vz.VirtualMachineConfiguration
 
-	done         chan struct{} // closed when the VM has ended
-	killed       chan struct{} // closed when it has to
-	settingShare chan struct{} // a semaphore of one
+	done         chan struct{}  // closed when the VM has ended
+	killed       chan struct{}  // closed when it has to
+	settingShare chan struct{}  // a semaphore of one
+	owner        sync.WaitGroup // of run
 
 	mu      sync.Mutex
 	files   []*os.File // what the framework uses; T50: it has no descriptors of its own
@@ -49,6 +52,7 @@ type machine struct {
 	vm      *vz.VirtualMachine
 	socket  *vz.VirtioSocketDevice
 	running time.Time // since when; zero: not yet
+	watched bool      // watchNICs runs
 	conns   map[*conn]bool
 
 	closeOnce sync.Once
@@ -98,7 +102,7 @@ func (m *machine) start(ctx context.Context) error {
 	m.vm, m.socket = vm, sockets[0]
 	m.mu.Unlock()
 	result := make(chan error, 1)
-	go m.run(vm, result)
+	m.owner.Go(func() { m.run(vm, result) })
 	select {
 	case err := <-result:
 		return err
@@ -122,9 +126,6 @@ func (m *machine) run(vm *vz.VirtualMachine, started chan<- error) {
 	m.running = time.Now()
 	m.mu.Unlock()
 	started <- nil
-	if lost, err := vm.NetworkDeviceAttachmentWasDisconnected(); err == nil {
-		go m.watchNICs(lost)
-	}
 	for {
 		select {
 		case s := <-states:
@@ -178,6 +179,7 @@ func (m *machine) end(cause error) {
 		return
 	}
 	m.ended = true
+	m.vm, m.socket, m.vzConfig = nil, nil, nil
 	if !m.dying { // what happens to a machine that is being killed is no error
 		m.err = cause
 	}
@@ -193,8 +195,13 @@ func (m *machine) end(cause error) {
 	close(m.done)
 }
 
-// watchNICs logs what the framework says of NICs that lost their attachment.
-func (m *machine) watchNICs(lost <-chan *vz.DisconnectedError) {
+// watchNICs logs what the framework says, and has said, of NICs that lost their
+// attachment.
+func (m *machine) watchNICs(vm *vz.VirtualMachine) {
+	lost, err := vm.NetworkDeviceAttachmentWasDisconnected()
+	if err != nil {
+		return
+	}
 	for {
 		select {
 		case e, ok := <-lost:
@@ -233,7 +240,7 @@ func (m *machine) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 
 func (m *machine) dial(ctx context.Context, port uint32) (net.Conn, error) {
 	m.mu.Lock()
-	socket, running, over := m.socket, !m.running.IsZero(), m.ended
+	vm, socket, running, over := m.vm, m.socket, !m.running.IsZero(), m.ended
 	m.mu.Unlock()
 	switch {
 	case over:
@@ -249,6 +256,7 @@ func (m *machine) dial(ctx context.Context, port uint32) (net.Conn, error) {
 	answer := make(chan result, 1)
 	go func() {
 		c, err := socket.Connect(port)
+		runtime.KeepAlive(vm) // whose the socket is
 		answer <- result{c, err}
 	}()
 	abandon := func(err error) (net.Conn, error) {
@@ -285,14 +293,21 @@ func refused(err error) error {
 func (m *machine) adopt(c net.Conn) (net.Conn, error) {
 	wrapped := &conn{Conn: c, machine: m}
 	m.mu.Lock()
-	over := m.ended
+	over, watched, vm := m.ended, m.watched, m.vm
 	if !over {
 		m.conns[wrapped] = true
+		m.watched = true
 	}
 	m.mu.Unlock()
 	if over {
 		_ = c.Close()
 		return nil, errGone
+	}
+	// From the first connection on, and not before: who has asked vz once keeps the
+	// machine for as long as the process lives, and a guest that did not boot has a
+	// successor.
+	if !watched {
+		go m.watchNICs(vm)
 	}
 	return wrapped, nil
 }
@@ -415,6 +430,9 @@ func (m *machine) Close() error {
 			// Not before the machine has ended: the framework would use descriptors
 			// that by then are somebody else's.
 			m.closeErr = m.release()
+			// Finalizers now, and not in minutes: the next machine wants the memory.
+			m.owner.Wait()
+			runtime.GC()
 		}
 	})
 	return m.closeErr

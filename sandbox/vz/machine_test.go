@@ -95,7 +95,7 @@ func TestEachCallCanFail(t *testing.T) {
 			c.Shares = []vmm.Share{
 				{Tag: "several", Dirs: map[string]vmm.SharedDir{"one": {Dir: c.RunDir}}}, {Tag: "single", Dir: c.RunDir},
 			}
-			c.NICs = []vmm.NIC{{MAC: []byte{2, 0, 0, 0, 0, 2}, MTU: 1400, Frames: cable}, {MAC: []byte{2, 0, 0, 0, 0, 1}, MTU: 1500}}
+			c.NICs = []vmm.NIC{{MAC: []byte{2, 0, 0, 0, 0, 2}, MTU: 9000, Frames: cable}, {MAC: []byte{2, 0, 0, 0, 0, 1}, MTU: 1500}}
 			fail(t, name, errors.New("as planned"))
 			m, err := newDriver(t).New(t.Context(), c)
 			if m != nil || err == nil || !strings.Contains(err.Error(), "as planned") {
@@ -242,6 +242,11 @@ func TestRefusals(t *testing.T) {
 		"a disk that is a device":         func(c *vmm.Config) { c.Disks = []vmm.Disk{{Serial: "a", Path: blockDevice(t)}} },
 		"a tag that is Rosetta's":         func(c *vmm.Config) { c.Shares = []vmm.Share{{Tag: rosettaTag, Dir: c.RunDir}} },
 		"an MTU that NAT hasn't":          func(c *vmm.Config) { c.NICs = []vmm.NIC{{MAC: []byte{2, 0, 0, 0, 0, 1}, MTU: 9000}} },
+		"an MTU that frames can't have": func(c *vmm.Config) {
+			_, f := frames(t)
+			t.Cleanup(func() { f.Close() })
+			c.NICs = []vmm.NIC{{MAC: []byte{2, 0, 0, 0, 0, 1}, MTU: 1400, Frames: f}}
+		},
 		"a compressed kernel": func(c *vmm.Config) {
 			c.Kernel = filepath.Join(c.RunDir, "Image.gz")
 			if err := os.WriteFile(c.Kernel, append([]byte{0x1f, 0x8b}, bytes.Repeat([]byte{1}, 4096)...), 0o600); err != nil {
@@ -276,6 +281,54 @@ func blockDevice(t *testing.T) string {
 		}
 	}
 	return t.TempDir()
+}
+
+// The Objective-C object of a path that is not UTF-8 would be none at all.
+func TestPathThatIsNotUTF8(t *testing.T) {
+	bad := filepath.Join(t.TempDir(), "\xff")
+	if err := os.Mkdir(bad, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for name, s := range map[string]vmm.Share{
+		"one":     {Tag: "x", Dir: bad},
+		"several": {Tag: "x", Dirs: map[string]vmm.SharedDir{"d": {Dir: bad}}},
+	} {
+		c := config(t)
+		c.Shares = []vmm.Share{s}
+		if _, err := newDriver(t).New(t.Context(), c); !errors.Is(err, vmm.ErrConfig) || !strings.Contains(err.Error(), "UTF-8") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// What a machine took is given back when it is closed, not when this process next
+// happens to collect its garbage: a boot that failed has a successor. // T7
+func TestClosedMachineIsReleased(t *testing.T) {
+	before := vz.TestReleased()
+	c := config(t)
+	func() {
+		m, err := newDriver(t).New(t.Context(), c)
+		if err == nil {
+			err = m.Start(t.Context())
+		}
+		if err == nil {
+			ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+			defer cancel()
+			if conn, err := m.Dial(ctx, 1024); err == nil {
+				_ = conn.Close()
+				t.Error("a guest without an agent answers")
+			}
+			err = m.Close()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}()
+	for end := time.Now().Add(5 * time.Second); vz.TestReleased() == before; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("something refers to a machine that was closed")
+		}
+	}
 }
 
 func TestStartFails(t *testing.T) {
@@ -314,7 +367,7 @@ func TestRunningMachine(t *testing.T) {
 	c.Cmdline = strings.TrimSuffix(c.Cmdline, " testinit=hang")
 	c.Initrd = vmmtest.WithInit(t, c.Initrd, vmmtest.Init(t, c.Arch))
 	_, cable := frames(t)
-	c.NICs = []vmm.NIC{{MAC: []byte{2, 0, 0, 0, 0, 2}, MTU: 1400, Frames: cable}, {MAC: []byte{2, 0, 0, 0, 0, 1}, MTU: 1500}}
+	c.NICs = []vmm.NIC{{MAC: []byte{2, 0, 0, 0, 0, 2}, MTU: 9000, Frames: cable}, {MAC: []byte{2, 0, 0, 0, 0, 1}, MTU: 1500}}
 	c.Shares = []vmm.Share{{Tag: "several", Dirs: map[string]vmm.SharedDir{}}}
 	m := newMachine(t, c)
 	if _, err := m.Dial(t.Context(), 1024); !errdefs.IsFailedPrecondition(err) {

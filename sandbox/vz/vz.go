@@ -25,7 +25,14 @@
 // error comes with a typed nil (Dial); Connect has no context and may never return
 // (Dial); Accept never returns after Close, so nothing listens on the host; asking
 // for the balloon devices releases them once too often, so nobody asks; disks need
-// caching mode Cached, the automatic one has corrupted disks on Apple silicon.
+// caching mode Cached, the automatic one has corrupted disks on Apple silicon; asking
+// for the disconnections of NICs keeps a machine for ever, so only one whose guest
+// answered is asked (adopt); an MTU below 1500 is refused without a reason (Validate);
+// text that is not UTF-8 becomes a nil that ends the process (sharedDirectory).
+//
+// One fault can't be dealt with from outside: Connect closes the descriptor of the
+// framework's connection, which closes it once more some microseconds later. What got
+// the same number in between is closed with it.
 //
 // # What it does not promise
 //

@@ -6,6 +6,8 @@ import (
 	"runtime"
 	"sync"
 	"time"
+
+	infinity "github.com/Code-Hex/go-infinity-channel"
 )
 
 type VirtualMachineState int
@@ -25,9 +27,12 @@ const (
 
 // VirtualMachine is one QEMU.
 type VirtualMachine struct {
-	config       *VirtualMachineConfiguration
-	notify       chan VirtualMachineState
-	disconnected chan *DisconnectedError
+	config *VirtualMachineConfiguration
+	// These have a goroutine each that ends when the channel is closed, which vz does
+	// with the second alone, and that when the machine is released.
+	notify *infinity.Channel[VirtualMachineState]
+	lost   *infinity.Channel[*DisconnectedError]
+	watch  sync.Once
 
 	mu       sync.Mutex
 	state    VirtualMachineState
@@ -43,16 +48,21 @@ func NewVirtualMachine(config *VirtualMachineConfiguration) (*VirtualMachine, er
 	if err := called("NewVirtualMachine", 11); err != nil {
 		return nil, err
 	}
-	return &VirtualMachine{
-		config: config, notify: make(chan VirtualMachineState, 100), disconnected: make(chan *DisconnectedError, 10),
-	}, nil
+	v := &VirtualMachine{
+		config: config, notify: infinity.NewChannel[VirtualMachineState](), lost: infinity.NewChannel[*DisconnectedError](),
+	}
+	runtime.SetFinalizer(v, func(v *VirtualMachine) {
+		v.lost.Close()
+		released.Add(1)
+	})
+	return v, nil
 }
 
 func (v *VirtualMachine) set(s VirtualMachineState) {
 	v.mu.Lock()
 	v.state = s
 	v.mu.Unlock()
-	v.notify <- s
+	v.notify.In() <- s
 }
 
 func (v *VirtualMachine) State() VirtualMachineState {
@@ -61,7 +71,7 @@ func (v *VirtualMachine) State() VirtualMachineState {
 	return v.state
 }
 
-func (v *VirtualMachine) StateChangedNotify() <-chan VirtualMachineState { return v.notify }
+func (v *VirtualMachine) StateChangedNotify() <-chan VirtualMachineState { return v.notify.Out() }
 
 func (v *VirtualMachine) Start(opts ...VirtualMachineStartOption) error {
 	if s := v.State(); s != VirtualMachineStateStopped && s != VirtualMachineStateError {
@@ -128,7 +138,19 @@ func (v *VirtualMachine) NetworkDeviceAttachmentWasDisconnected() (<-chan *Disco
 	if err := called("NetworkDeviceAttachmentWasDisconnected", 12); err != nil {
 		return nil, err
 	}
-	return v.disconnected, nil
+	out := infinity.NewChannel[*DisconnectedError]()
+	v.watch.Do(func() { go v.watchDisconnected(out) })
+	return out.Out(), nil
+}
+
+// watchDisconnected refers to the machine, and ends when that is released, which is
+// never.
+func (v *VirtualMachine) watchDisconnected(out *infinity.Channel[*DisconnectedError]) {
+	for e := range v.lost.Out() {
+		e.Config = v.config.nics[0]
+		out.In() <- e
+	}
+	out.Close()
 }
 
 type VirtioSocketDevice struct{ vm *VirtualMachine }

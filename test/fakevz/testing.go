@@ -6,6 +6,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 )
 
 // What a test can set, while no machine is being made. Only TestArch and what
@@ -77,8 +78,13 @@ func TestSetShare(vm *VirtualMachine, tag string, share DirectoryShare) error {
 
 // TestDisconnect cuts off a NIC of a running machine.
 func TestDisconnect(vm *VirtualMachine, err error) {
-	vm.disconnected <- &DisconnectedError{Err: err}
+	vm.lost.In() <- &DisconnectedError{Err: err}
 }
+
+var released atomic.Int64
+
+// TestReleased counts the machines that nothing refers to any more.
+func TestReleased() int64 { return released.Load() }
 
 // TestCrash ends a running machine as an error of the framework's does.
 func TestCrash(vm *VirtualMachine) {

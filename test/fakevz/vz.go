@@ -6,8 +6,9 @@
 //
 // It is hostile where vz is (T50): it uses the descriptors that it was handed and
 // provokes their finalizers, a failed call may come with a typed nil, Connect fails
-// before the guest listens, connections have no CloseWrite, and on shares there is one
-// owner of files and no chown. What a test can set begins with Test.
+// before the guest listens, connections have no CloseWrite, on shares there is one
+// owner of files and no chown, machines leave goroutines behind, and one whose
+// disconnections were asked for is never released. What a test can set begins with Test.
 //
 // The process needs a mount namespace of its own: shares are bind mounts in it.
 package vz
@@ -113,6 +114,11 @@ func (v *VirtualMachineConfiguration) Validate() (bool, error) {
 			return false, vzError(ErrorInvalidVirtualMachineConfiguration, "share %q has no directory or is there twice", d.tag)
 		}
 		tags[d.tag] = true
+	}
+	for _, n := range v.nics {
+		if f, ok := n.attachment.(*FileHandleNetworkDeviceAttachment); ok && (f.mtu < 1500 || f.mtu > 65535) {
+			return false, vzError(ErrorInvalidVirtualMachineConfiguration, "MTU %d", f.mtu)
+		}
 	}
 	if v.memory%(1<<20) != 0 || v.cpus == 0 {
 		return false, vzError(ErrorInvalidVirtualMachineConfiguration, "memory %d, CPUs %d", v.memory, v.cpus)

@@ -53,6 +53,8 @@ type Guest struct {
 	Cmdline string
 	// NIC, if set, makes a NIC whose Tap or Frames the driver will own.
 	NIC func(t *testing.T) vmm.NIC
+	// LeaksOf names functions whose goroutines are somebody else's to end.
+	LeaksOf []string
 }
 
 // Init builds the suite's init for arch and returns its path.
@@ -138,6 +140,9 @@ func Run(t *testing.T, newDriver func(t *testing.T) vmm.Driver, guest Guest) {
 	// What a driver starts once and for all is no leak of a machine.
 	s.newMachine(t, s.config(t)).startAndKill(t)
 	noLeak := []goleak.Option{goleak.IgnoreCurrent()}
+	for _, f := range guest.LeaksOf {
+		noLeak = append(noLeak, goleak.IgnoreAnyFunction(f))
+	}
 
 	for _, test := range []struct {
 		name string
