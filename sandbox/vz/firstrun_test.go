@@ -203,7 +203,12 @@ func TestFirstRun5ManyMachines(t *testing.T) {
 	}
 	// A process like a shim, which is killed with its machine.
 	cmd := exec.Command(os.Args[0], "-test.run=^TestFirstRun5Owner$", "-test.v")
-	cmd.Env = append(os.Environ(), "CRI_VZ_FIRST_RUN_OWNER=1")
+	tmp, err := os.MkdirTemp("", "own") // which it can't remove
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(tmp) })
+	cmd.Env = append(os.Environ(), "CRI_VZ_FIRST_RUN_OWNER=1", "TMPDIR="+tmp)
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)

@@ -242,6 +242,10 @@ func TestRefusals(t *testing.T) {
 		"a disk that is a device":         func(c *vmm.Config) { c.Disks = []vmm.Disk{{Serial: "a", Path: blockDevice(t)}} },
 		"a tag that is Rosetta's":         func(c *vmm.Config) { c.Shares = []vmm.Share{{Tag: rosettaTag, Dir: c.RunDir}} },
 		"an MTU that NAT hasn't":          func(c *vmm.Config) { c.NICs = []vmm.NIC{{MAC: []byte{2, 0, 0, 0, 0, 1}, MTU: 9000}} },
+		"a command line that is cut off":  func(c *vmm.Config) { c.Cmdline = strings.Repeat("x", cmdlineLimit+1) },
+		"a tap": func(c *vmm.Config) {
+			c.NICs = []vmm.NIC{{MAC: []byte{2, 0, 0, 0, 0, 1}, MTU: 1500, Tap: c.Console}}
+		},
 		"an MTU that frames can't have": func(c *vmm.Config) {
 			_, f := frames(t)
 			t.Cleanup(func() { f.Close() })

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"syscall"
 	"testing"
@@ -32,17 +33,31 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-func reexec() int {
+// reexec runs the tests with a directory for temporary files in which nothing may be
+// left. Shares that were mounted in it are gone with the namespace.
+func reexec() (code int) {
 	if os.Geteuid() != 0 {
 		fmt.Fprintln(os.Stderr, "these tests make mounts in a namespace of their own: run them as root")
 		return 1
 	}
+	tmp, err := os.MkdirTemp("", "vz")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer func() {
+		left, err := filepath.Glob(filepath.Join(tmp, "*"))
+		if err = errors.Join(err, os.RemoveAll(tmp)); err != nil || len(left) > 0 {
+			fmt.Fprintf(os.Stderr, "the tests left files behind: %q %v\n", left, err)
+			code = max(code, 1)
+		}
+	}()
 	runtime.LockOSThread() // Pdeathsig is about the thread
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.Env = append(os.Environ(), inside+"=tests")
+	cmd.Env = append(os.Environ(), inside+"=tests", "TMPDIR="+tmp)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
-	err := cmd.Run()
+	err = cmd.Run()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
 		return max(exit.ExitCode(), 1)
