@@ -5,6 +5,7 @@ package e2e_test
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -168,6 +169,61 @@ func TestDaemonStopsAndSecondDaemon(t *testing.T) {
 	}
 	if got := p.output(t, p.idle, "/bin/echo", "back"); got != "back\n" {
 		t.Errorf("exec: %q", got)
+	}
+}
+
+// Of two daemons that start at once, over the socket that a killed one left, one
+// serves and the other says why not and harms nothing: be it the socket that both
+// want, or the root.
+func TestDaemonsRace(t *testing.T) {
+	socket := `listen = "unix://` + filepath.Join(suite.base, "race.sock") + `"`
+	one := newNodeApart(t, "race-1", socket, `vm: accel = "tcg"`)
+	two := newNodeApart(t, "race-2", socket, `vm: accel = "tcg"`)
+	for _, c := range []struct {
+		name  string
+		nodes [2]*node
+		words []string
+	}{
+		{"one socket", [2]*node{one, two}, []string{"race.sock", "another daemon"}},
+		{"one root", [2]*node{one, one}, []string{one.root, "another"}},
+	} {
+		for round := range 8 {
+			type daemon struct {
+				cmd *exec.Cmd
+				out *recorded
+			}
+			var daemons []daemon
+			for _, n := range c.nodes {
+				cmd := n.command()
+				daemons = append(daemons, daemon{cmd, startRecorded(t, cmd)})
+			}
+			ready := func(d daemon) bool { return strings.Contains(d.out.String(), "cri-vz is ready") }
+			eventually(t, 30*time.Second, "one daemon to serve and the other to end", func() error {
+				if ready(daemons[1]) {
+					daemons[0], daemons[1] = daemons[1], daemons[0]
+				}
+				if ready(daemons[0]) && len(daemons[1].out.done) > 0 {
+					return nil
+				}
+				return fmt.Errorf("%s, round %d:\n%s\n%s", c.name, round, daemons[0].out.String(), daemons[1].out.String())
+			})
+			winner, loser := daemons[0], daemons[1]
+			if err := loser.out.wait(time.Second); err == nil {
+				t.Errorf("%s, round %d: the refused daemon's exit status is 0", c.name, round)
+			}
+			for _, w := range c.words {
+				if !strings.Contains(loser.out.String(), w) {
+					t.Errorf("%s, round %d: the error does not say %q: %s", c.name, round, w, loser.out.String())
+				}
+			}
+			ps := one.cli("ps")
+			ps.Env = append(ps.Env, "CRI_VZ_SOCKET=unix://"+filepath.Join(suite.base, "race.sock"))
+			if out, err := ps.CombinedOutput(); err != nil {
+				t.Errorf("%s, round %d: the daemon that serves: %v: %s", c.name, round, err, out)
+			}
+			_ = winner.cmd.Process.Kill() // its socket stays
+			_ = winner.out.wait(10 * time.Second)
+		}
 	}
 }
 

@@ -218,7 +218,7 @@ func (d *Daemon) PrintLog(w io.Writer, lines int) {
 func (d *Daemon) Leftovers(ids ...string) error {
 	var left []string
 	for _, f := range append(FilesBelow(filepath.Join(d.Root, "pods")), FilesBelow(d.Run)...) {
-		if f != d.Socket {
+		if f != d.Socket && f != d.Socket+".lock" {
 			left = append(left, "file "+f)
 		}
 	}

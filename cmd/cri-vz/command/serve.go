@@ -10,8 +10,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
-	"syscall"
-	"time"
 
 	"github.com/spf13/cobra"
 	"k8s.io/klog/v2"
@@ -189,38 +187,6 @@ func locateGuest(dir, arch string, c config.Class) (sandbox.Guest, error) {
 	}
 	g, err := locate(dir, arch)
 	return sandbox.Guest{Arch: g.Arch, Kernel: g.KernelPath, Initrd: g.InitrdPath, Cmdline: g.Cmdline}, err
-}
-
-// listenSocket opens the CRI socket for its owner alone. A socket that a dead
-// daemon left is replaced; one that somebody answers on is not.
-func listenSocket(path string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return nil, fmt.Errorf("socket %s: %w", path, err)
-	}
-	if fi, err := os.Lstat(path); err == nil {
-		if fi.Mode().Type() != os.ModeSocket {
-			return nil, fmt.Errorf("socket %s: there is a file of that name that is no socket; remove it or use another --listen", path)
-		}
-		c, err := net.DialTimeout("unix", path, time.Second)
-		if err == nil {
-			c.Close()
-		}
-		// Only a refusal says that nobody listens: a daemon whose backlog is full
-		// is one that lives.
-		if !errors.Is(err, syscall.ECONNREFUSED) {
-			return nil, fmt.Errorf("socket %s: another daemon listens there; stop it or use another --listen", path)
-		}
-		if err := os.Remove(path); err != nil {
-			return nil, fmt.Errorf("socket %s: %w", path, err)
-		}
-	}
-	old := syscall.Umask(0o177)
-	l, err := net.Listen("unix", path)
-	syscall.Umask(old)
-	if err != nil {
-		return nil, fmt.Errorf("socket %s: %w", path, err)
-	}
-	return l, nil
 }
 
 // systemdCgroups is the answer of RuntimeConfig (T5).

@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -72,7 +73,7 @@ func TestListenSocket(t *testing.T) {
 		t.Errorf("%v, %v", fi.Mode(), err)
 	}
 	refused("a daemon that answers", "another daemon")
-	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	l.(*lockedListener).Listener.(*net.UnixListener).SetUnlinkOnClose(false)
 	l.Close()
 	if l, err = listenSocket(path); err != nil {
 		t.Fatalf("a dead daemon's socket: %v", err)
@@ -105,6 +106,50 @@ func TestListenSocket(t *testing.T) {
 		t.Fatal(err)
 	}
 	refused("a file", "no socket")
+	os.Remove(path)
+	if left, _ := os.ReadDir(filepath.Dir(path)); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+}
+
+// Of daemons that start at once over a dead one's socket one gets it, and keeps
+// it: none removes another's.
+func TestListenSocketRace(t *testing.T) {
+	path := filepath.Join(socketDir(t), "sock")
+	for round := range 100 {
+		dead, err := net.Listen("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		dead.(*net.UnixListener).SetUnlinkOnClose(false)
+		dead.Close()
+
+		const daemons = 8
+		got := make(chan net.Listener, daemons)
+		var wg sync.WaitGroup
+		for range daemons {
+			wg.Go(func() {
+				l, err := listenSocket(path)
+				if err == nil {
+					got <- l
+				} else if !strings.Contains(err.Error(), "another daemon") || !strings.Contains(err.Error(), path) {
+					t.Errorf("round %d: %v", round, err)
+				}
+			})
+		}
+		wg.Wait()
+		if len(got) != 1 {
+			t.Fatalf("round %d: %d daemons listen", round, len(got))
+		}
+		c, err := net.Dial("unix", path)
+		if err != nil {
+			t.Fatalf("round %d: the socket is gone: %v", round, err)
+		}
+		c.Close()
+		l := <-got
+		l.Close()
+		l.Close()
+	}
 }
 
 // sd_notify(3): an "@" means an abstract socket at the path's beginning only.
