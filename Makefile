@@ -19,6 +19,8 @@ export CGO_ENABLED := 0
 
 # What a Mac runs.
 DARWIN_PACKAGES := ./cmd/cri-vz/... ./cri/... ./sandbox/... ./imageservice/... ./guest/api/... ./guest/image/...
+# What CI asks of the whole daemon as on a Mac; make test-long asks the rest, too.
+MAC_TESTS       := ^Test(Image|Container|Log|Mounts|Exec|ExecSync|Attach|PortForward|Stats|PodSandbox|Restart)$$
 STAND_IN        := test/fakevz=github.com/Code-Hex/vz/v3
 
 # Packages whose tests boot VMs run one at a time: a boot takes a whole core.
@@ -77,6 +79,7 @@ test-vm:
 	$(SUDO) hack/real-root hack/with-fakevz hack/test-vm -skip '^TestFirstRun[14]' -coverprofile bin/vz.cover ./sandbox/vz
 	go run ./hack/coverage -least 85 -list sandbox/vz/uncovered.txt bin/vz.cover
 	$(SUDO) hack/real-root hack/with-fakevz hack/test-vm -run '^TestPodOnVZ$$' ./sandbox
+	$(SUDO) hack/real-root hack/with-fakevz hack/test-vm -run '$(MAC_TESTS)' ./test/conformance
 	$(SUDO) hack/real-root hack/test-vm $(VM_PACKAGES)
 
 test-node: setup guest ## a kubelet and a control plane on cri-vz; builds them once, some 10 minutes

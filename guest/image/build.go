@@ -337,6 +337,10 @@ type kernel struct {
 	boot, demand []module
 }
 
+// keepBzImage: the Virtualization framework boots an Intel Mac's bzImage and no
+// vmlinux. Tests on Linux can be such a Mac (build_fakevz.go).
+var keepBzImage = runtime.GOOS == "darwin"
+
 // unpackedName is the cache of what was taken from the source of that digest
 // by a program that wants these modules.
 func unpackedName(sum string) string {
@@ -369,8 +373,7 @@ func unpackKernel(path, name, arch, dir, sum string) (kernel, error) {
 	if k.info, err = parseKernel(pkg.kernel, arch); err != nil {
 		return kernel{}, err
 	}
-	// The Virtualization framework boots an Intel Mac's bzImage and no vmlinux.
-	if k.info.Format == FormatBzImage && runtime.GOOS != "darwin" {
+	if k.info.Format == FormatBzImage && !keepBzImage {
 		vmlinux, err := unpackBzImage(pkg.kernel)
 		if err != nil {
 			return kernel{}, err

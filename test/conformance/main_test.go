@@ -75,7 +75,11 @@ func withDaemon(m *testing.M, base string) (code int, err error) {
 	if err != nil {
 		return 1, err
 	}
-	d, err := testnode.NewDaemon(bin, filepath.Join(base, "daemon"), "")
+	guests, settings, err := platform(bin, base)
+	if err != nil {
+		return 1, err
+	}
+	d, err := testnode.NewDaemon(bin, filepath.Join(base, "daemon"), guests, settings...)
 	if err != nil {
 		return 1, err
 	}

@@ -19,7 +19,6 @@ import (
 	"github.com/cri-vz/cri-vz/guest/image"
 	"github.com/cri-vz/cri-vz/imageservice"
 	"github.com/cri-vz/cri-vz/sandbox"
-	"github.com/cri-vz/cri-vz/sandbox/network"
 	"github.com/cri-vz/cri-vz/sandbox/scratch"
 	"github.com/cri-vz/cri-vz/sandbox/shim"
 )
@@ -141,15 +140,8 @@ func serve(ctx context.Context, c *config.Config) (err error) {
 	return err
 }
 
-func openPods(ctx context.Context, c *config.Config, guestDir string, subnet netip.Prefix) (*sandbox.Pods, *network.Network, error) {
-	nw, err := network.New(network.Config{
-		ConfDir:   c.Network.ConfDir,
-		BinDirs:   c.Network.BinDirs,
-		StateDir:  filepath.Join(c.Root, "network"),
-		RunDir:    filepath.Join(c.Run, "network"),
-		Subnets:   []netip.Prefix{subnet},
-		NodeNetns: c.Network.NodeNetns,
-	})
+func openPods(ctx context.Context, c *config.Config, guestDir string, subnet netip.Prefix) (*sandbox.Pods, podNetwork, error) {
+	nw, err := openNetwork(c, subnet)
 	if err != nil {
 		return nil, nil, err
 	}

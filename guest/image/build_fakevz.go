@@ -1,0 +1,5 @@
+//go:build fakevz
+
+package image
+
+func init() { keepBzImage = true }
