@@ -99,6 +99,13 @@ func sweep(base string) (left []string) {
 			}
 		}
 	}
+	// cri-vz keeps the VMs of some pods in cgroups of its own.
+	log, _ := os.ReadFile(logFile("cri-vz"))
+	for _, dir := range directoriesBelow("/sys/fs/cgroup") {
+		if id, ours := strings.CutPrefix(filepath.Base(dir), "cri-vz-"); ours && bytes.Contains(log, []byte(strings.TrimSuffix(id, ".scope"))) {
+			left = append(left, "cgroup "+dir)
+		}
+	}
 	if err := os.RemoveAll(base); err != nil {
 		left = append(left, err.Error())
 	}

@@ -108,6 +108,9 @@ func newNamespace(t *testing.T) *namespace {
 	return n
 }
 
+// in is the namespace for a subtest.
+func (n *namespace) in(t *testing.T) *namespace { return &namespace{t, n.name} }
+
 // describe logs all that is known about the pods of a test that failed.
 func (n *namespace) describe() {
 	for _, args := range [][]string{{"describe", "pods"}, {"get", "events", "--sort-by=.lastTimestamp"}} {

@@ -70,7 +70,7 @@ spec:
     command: [sh, -c, "while sleep 1; do echo idle; wget -q -O - http://127.0.0.1:1 ; done"]
   volumes: [{name: disk, emptyDir: {}}]
 `, "CLASS", class))
-	t.Run("default", func(t *testing.T) { n.stats(t, false) })
+	t.Run("default", func(t *testing.T) { n.in(t).stats(false) })
 	if err := suite.kubelet.stop(); err != nil {
 		t.Fatal(err)
 	}
@@ -78,7 +78,8 @@ spec:
 		t.Fatal(err)
 	}
 	t.Run("PodAndContainerStatsFromCRI", func(t *testing.T) {
-		n.stats(t, true)
+		n := n.in(t)
+		n.stats(true)
 		n.eventually(time.Minute, "the pod in /metrics/cadvisor", func() error {
 			out, err := kubectl("get", "--raw", "/api/v1/nodes/"+nodeName+"/proxy/metrics/cadvisor")
 			if err != nil {
@@ -111,7 +112,7 @@ func hasSample(metrics, name, label string) bool {
 
 // stats waits until the summary has the pod's figures. fromCRI tells whether
 // they are the runtime's alone.
-func (n *namespace) stats(t *testing.T, fromCRI bool) {
+func (n *namespace) stats(fromCRI bool) {
 	n.eventually(2*time.Minute, "the figures of the pod", func() error {
 		out, err := kubectl("get", "--raw", "/api/v1/nodes/"+nodeName+"/proxy/stats/summary")
 		if err != nil {

@@ -7,15 +7,21 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
+
+	"github.com/containerd/console"
 )
 
 const toolbox = `
@@ -46,7 +52,9 @@ func TestStreams(t *testing.T) {
 			t.Errorf("got %q, %v", out, err)
 		}
 	})
+	t.Run("exec on a terminal", func(t *testing.T) { execTerminal(n.in(t)) })
 	t.Run("cp", func(t *testing.T) {
+		n := n.in(t)
 		dir := filepath.Join(suite.base, "cp")
 		sent := make([]byte, 5<<20)
 		_, _ = rand.Read(sent) // never fails
@@ -64,6 +72,7 @@ func TestStreams(t *testing.T) {
 		}
 	})
 	t.Run("logs -f", func(t *testing.T) {
+		n := n.in(t)
 		n.apply(`
 apiVersion: v1
 kind: Pod
@@ -87,6 +96,7 @@ spec:
 		n.want("last line", n.run("logs", "--tail=1", "counter"), "line 30\n")
 	})
 	t.Run("attach", func(t *testing.T) {
+		n := n.in(t)
 		out, err := kubectlWith("over attach\n", "-n", n.name, "attach", "-i", "toolbox", "-c", "cat")
 		if err != nil || !strings.Contains(out, "over attach") {
 			t.Errorf("got %q, %v", out, err)
@@ -94,8 +104,9 @@ spec:
 		// cat's input was for one client: its end is the end of cat, which restarts.
 		n.becomes(time.Minute, "pod/toolbox", `{.status.containerStatuses[?(@.name=="cat")].restartCount}`, "1")
 	})
-	t.Run("port-forward", func(t *testing.T) { portForward(t, n) })
+	t.Run("port-forward", func(t *testing.T) { portForward(n.in(t)) })
 	t.Run("debug", func(t *testing.T) {
+		n := n.in(t)
 		// T27
 		n.run("debug", "toolbox", "--image="+suite.image, "--target=main", "-c", "debugger", "--", "sh", "-c", "cat /proc/1/cmdline; cat /proc/1/root/data/from-image")
 		n.becomes(time.Minute, "pod/toolbox", `{.status.ephemeralContainerStatuses[?(@.name=="debugger")].state.terminated.reason}`, "Completed")
@@ -103,10 +114,95 @@ spec:
 	})
 }
 
-func portForward(t *testing.T, n *namespace) {
+// execTerminal types into a shell, which sees the terminal's size and each change
+// of it.
+func execTerminal(t *namespace) {
+	master, path, err := console.NewPty()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer master.Close()
+	slave, err := os.OpenFile(path, os.O_RDWR|syscall.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer slave.Close()
+	if err := master.Resize(console.WinSize{Height: 30, Width: 100}); err != nil {
+		t.Fatal(err)
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	cmd := kubectlCommand(ctx, "-n", n.name, "port-forward", "--address=127.0.0.1", "pod/toolbox", ":3000")
+	cmd := kubectlCommand(ctx, "-n", t.name, "exec", "-it", "toolbox", "--", "sh")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	var mu sync.Mutex
+	var screen strings.Builder
+	go func() { // until master is closed
+		buf := make([]byte, 4096)
+		for {
+			k, err := master.Read(buf)
+			mu.Lock()
+			screen.Write(buf[:k])
+			mu.Unlock()
+			if err != nil {
+				return
+			}
+		}
+	}()
+	shows := func(want string) {
+		t.eventually(30*time.Second, "the terminal", func() error {
+			mu.Lock()
+			defer mu.Unlock()
+			if !strings.Contains(screen.String(), want) {
+				return fmt.Errorf("no %q on it: %q", want, screen.String())
+			}
+			return nil
+		})
+	}
+	typed := func(line string) {
+		if _, err := io.WriteString(master, line+"\n"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// The sum is on the screen only if a shell computed it.
+	typed("echo $((40+2)) on $(tty)")
+	shows("42 on /dev/pts/")
+	t.eventually(30*time.Second, "the size of the terminal", func() error {
+		typed("stty size")
+		time.Sleep(300 * time.Millisecond)
+		mu.Lock()
+		defer mu.Unlock()
+		if !strings.Contains(screen.String(), "30 100\r\n") {
+			return fmt.Errorf("got %q", screen.String())
+		}
+		return nil
+	})
+	if err := master.Resize(console.WinSize{Height: 40, Width: 120}); err != nil {
+		t.Fatal(err)
+	}
+	typed("while [ \"$(stty size)\" != '40 120' ]; do sleep 0.1; done; echo size-$((20*2))")
+	shows("size-40")
+	typed("exit 9")
+	select {
+	case err := <-ended:
+		var exit *exec.ExitError
+		if !errors.As(err, &exit) || exit.ExitCode() != 9 {
+			t.Errorf("kubectl ended with %v, want exit status 9", err)
+		}
+	case <-ctx.Done():
+		t.Error("kubectl did not end after the shell")
+	}
+}
+
+func portForward(t *namespace) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cmd := kubectlCommand(ctx, "-n", t.name, "port-forward", "--address=127.0.0.1", "pod/toolbox", ":3000")
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
