@@ -94,7 +94,7 @@ overhead: {podFixed: {memory: 320Mi, cpu: 100m}}
 	return n.name
 }
 
-// What a VM can't give is refused, and the event says why (T39, T40).
+// What a VM can't give is refused, and the event says why (T4, T39, T40).
 func TestRefused(t *testing.T) {
 	onlyCRIVZ(t, "it may grant all that")
 	t.Parallel()
@@ -107,6 +107,9 @@ func TestRefused(t *testing.T) {
 			"securityContext: {privileged: true}, volumeMounts: [{name: v, mountPath: /v, mountPropagation: Bidirectional}]",
 			"BIDIRECTIONAL can't be had",
 		},
+		"selinux": {"securityContext: {seLinuxOptions: {level: s0}}", "", "selinux_options"},
+		// Only requests are the scheduler's business.
+		"memory": {"", "resources: {requests: {memory: 16Mi}, limits: {memory: 1Ti}}", "the VM needs"},
 	} {
 		n.apply(fmt.Sprintf(`
 apiVersion: v1

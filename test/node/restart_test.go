@@ -46,7 +46,7 @@ func TestKubeletRestart(t *testing.T) {
 	if err := suite.kubelet.start(); err != nil {
 		t.Fatal(err)
 	}
-	n.becomes(time.Minute, "pod/survivor", `{.status.containerStatuses[?(@.name=="mortal")].restartCount}`, "1")
+	n.becomes(2*time.Minute, "pod/survivor", `{.status.containerStatuses[?(@.name=="mortal")].restartCount}`, "1")
 	n.want("the other container", strings.Join(strings.Fields(n.get("pod/survivor", containerStates))[:3], " "), strings.Join(before[:3], " "))
 	n.waitFor("condition=Ready", "pod/survivor")
 	n.want("exec", n.run("exec", "survivor", "-c", "main", "--", "echo", "here"), "here\n")
@@ -72,7 +72,7 @@ func TestDaemonRestart(t *testing.T) {
 	if err := suite.runtime.start(); err != nil {
 		t.Fatal(err)
 	}
-	n.becomes(time.Minute, "pod/survivor", `{.status.containerStatuses[?(@.name=="mortal")].restartCount}`, "1")
+	n.becomes(2*time.Minute, "pod/survivor", `{.status.containerStatuses[?(@.name=="mortal")].restartCount}`, "1")
 	n.want("the other container", strings.Join(strings.Fields(n.get("pod/survivor", containerStates))[:3], " "), strings.Join(before[:3], " "))
 	n.waitFor("condition=Ready", "pod/survivor")
 	n.waitFor("condition=Ready", "node/"+nodeName)

@@ -206,6 +206,98 @@ spec:
 	n.becomes(2*time.Minute, "pod/root", "{.status.containerStatuses[0].state.waiting.reason}", "CreateContainerConfigError")
 }
 
+// A claim's volume outlives the pod that wrote to it.
+func TestPersistentVolume(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	dir := filepath.Join(suite.base, "claim")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _, _ = kubectl("delete", "pv", n.name, "--wait=false") })
+	n.apply(strings.NewReplacer("NAME", n.name, "DIR", dir).Replace(`
+apiVersion: v1
+kind: PersistentVolume
+metadata: {name: NAME}
+spec:
+  capacity: {storage: 1Gi}
+  accessModes: [ReadWriteOnce]
+  persistentVolumeReclaimPolicy: Retain
+  storageClassName: ""
+  local: {path: DIR}
+  nodeAffinity: {required: {nodeSelectorTerms: [{matchExpressions: [{key: kubernetes.io/hostname, operator: In, values: [` + nodeName + `]}]}]}}
+---
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {name: data}
+spec: {accessModes: [ReadWriteOnce], storageClassName: "", volumeName: NAME, resources: {requests: {storage: 1Gi}}}
+`))
+	for i := range 2 {
+		pod := fmt.Sprintf("writer-%d", i)
+		n.ready(pod, fmt.Sprintf(`
+apiVersion: v1
+kind: Pod
+metadata: {name: %s}
+spec:
+  terminationGracePeriodSeconds: 1
+  securityContext: {fsGroup: 2000}
+  containers: [{name: main, image: IMAGE, volumeMounts: [{name: data, mountPath: /data}]}]
+  volumes: [{name: data, persistentVolumeClaim: {claimName: data}}]
+`, pod))
+		n.exec(pod, "sh", "-c", "echo $HOSTNAME >> /data/file")
+		n.want("group of the volume", n.exec(pod, "stat", "-c", "%g", "/data"), "2000")
+		if i == 1 {
+			n.want("what both wrote", n.exec(pod, "cat", "/data/file"), "writer-0\nwriter-1")
+		}
+		n.run("delete", "pod", pod)
+	}
+}
+
+// Root of a pod with a user namespace is nobody special outside of it, and its
+// volumes are as usual (T33).
+func TestUserNamespace(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	n.ready("mapped", `
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: settings}
+data: {color: blue}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: mapped}
+spec:
+  hostUsers: false
+  restartPolicy: Never
+  terminationGracePeriodSeconds: 1
+  securityContext: {fsGroup: 2000}
+  containers:
+  - name: main
+    image: IMAGE
+    command: [sh, -c, "while [ ! -e /disk/end ]; do sleep 0.2; done; echo bye > /dev/termination-log"]
+    volumeMounts:
+    - {name: disk, mountPath: /disk}
+    - {name: settings, mountPath: /settings}
+  volumes:
+  - {name: disk, emptyDir: {}}
+  - {name: settings, configMap: {name: settings}}
+`)
+	ids := strings.Fields(n.exec("mapped", "cat", "/proc/self/uid_map"))
+	if len(ids) != 3 || ids[0] != "0" || ids[1] == "0" || ids[2] != "65536" {
+		t.Errorf("uid_map: got %v, want 65536 ids from 0 on that are others outside", ids)
+	}
+	if hosts := n.exec("mapped", "cat", "/etc/hosts"); !strings.Contains(hosts, n.get("pod/mapped", "{.status.podIP}")) {
+		t.Errorf("/etc/hosts does not have the pod's address:\n%s", hosts)
+	}
+	n.want("configMap", n.exec("mapped", "cat", "/settings/color"), "blue")
+	n.exec("mapped", "touch", "/disk/file", "/tmp/file")
+	n.want("owner in the volume", n.exec("mapped", "stat", "-c", "%u:%g", "/disk/file"), "0:2000")
+	n.want("owner in the root file system", n.exec("mapped", "stat", "-c", "%u:%g", "/tmp/file"), "0:0")
+	n.exec("mapped", "touch", "/disk/end")
+	n.becomes(2*time.Minute, "pod/mapped", "{.status.phase} {.status.containerStatuses[0].state.terminated.message}", "Succeeded bye")
+}
+
 // claims are those of a service account's token that tests look at.
 type claims struct {
 	Audiences []string `json:"aud"`
