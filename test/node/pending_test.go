@@ -45,11 +45,9 @@ metadata: {name: too-large}
 spec:
   containers: [{name: main, image: IMAGE, resources: {requests: {cpu: 10k}}}]
 `, "LATER", later))
-	const waits = "{.status.containerStatuses[0].state.waiting.reason}"
-	n.becomes(2*time.Minute, "pod/no-image", waits, "ImagePullBackOff")
 	// The code tells the kubelet that the registry answered.
-	n.refused("no-image", "code = NotFound")
-	n.becomes(2*time.Minute, "pod/no-config", waits, "CreateContainerConfigError")
+	n.warned("no-image", "code = NotFound")
+	n.becomes(2*time.Minute, "pod/no-config", "{.status.containerStatuses[0].state.waiting.reason}", "CreateContainerConfigError")
 	n.becomes(2*time.Minute, "pod/no-command", "{range .status.containerStatuses[0]}{.state.terminated.reason} {.state.terminated.exitCode} {.restartCount}{end}", "StartError 128 0")
 	n.becomes(2*time.Minute, "pod/no-command", "{.status.phase}", "Failed")
 	n.becomes(2*time.Minute, "pod/too-large", `{.status.conditions[?(@.type=="PodScheduled")].reason}`, "Unschedulable")

@@ -76,7 +76,7 @@ spec:
   containers: [{name: main, image: IMAGE}]
 `)
 	t.Cleanup(func() { _, _ = kubectl("delete", "runtimeclass", "unknown") })
-	n.refused("unknown", `runtime_handler "unknown" is not configured`)
+	n.warned("unknown", `runtime_handler "unknown" is not configured`)
 }
 
 // runtimeClass makes a RuntimeClass of cri-vz's handler, with overhead, for the
@@ -120,14 +120,14 @@ spec:
   containers: [{name: main, image: IMAGE, %s}]
   %s
 `, name, c.container, c.spec))
-		n.refused(name, c.event)
+		n.warned(name, c.event)
 	}
 }
 
-// refused waits for an event of a pod that has text.
-func (n *namespace) refused(pod, text string) {
+// warned waits for a warning about a pod that has text.
+func (n *namespace) warned(pod, text string) {
 	n.Helper()
-	n.eventually(2*time.Minute, "an event of pod "+pod, func() error {
+	n.eventually(2*time.Minute, "a warning about pod "+pod, func() error {
 		events := n.run("get", "events", "--field-selector=type=Warning,involvedObject.name="+pod, "-o", "jsonpath={.items[*].message}")
 		if !strings.Contains(events, text) {
 			return fmt.Errorf("none has %q: %s", text, events)
