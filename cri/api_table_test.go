@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"maps"
+	"math"
 	"os"
 	"reflect"
 	"runtime"
@@ -131,8 +132,8 @@ var messages = []message{
 		{field: "uids: not exactly one mapping, and gids likewise", reason: "no kubelet asks for more", pod: namespaces(&runtimeapi.NamespaceOption{UsernsOptions: userns(nil, oneMapping)})},
 	}},
 	{name: "IDMapping", honoured: "host_id container_id length", refused: []refusal{
-		{field: "container_id: not 0", reason: "the pod's root must be somebody"},
-		{field: "length: 0, and host_id past the last id", reason: "no range of ids"},
+		{field: "container_id: not 0", reason: "the pod's root must be somebody", pod: namespaces(&runtimeapi.NamespaceOption{UsernsOptions: userns([]*runtimeapi.IDMapping{{ContainerId: 1, HostId: 100000, Length: 65536}}, oneMapping)})},
+		{field: "length: 0, and host_id past the last id", reason: "no range of ids", pod: namespaces(&runtimeapi.NamespaceOption{UsernsOptions: userns([]*runtimeapi.IDMapping{{HostId: math.MaxUint32 - 65535, Length: 65536}}, oneMapping)})},
 	}},
 	{name: "SELinuxOption", refused: []refusal{
 		{field: "user", reason: noSELinux}, {field: "role", reason: noSELinux}, {field: "type", reason: noSELinux}, {field: "level", reason: noSELinux},

@@ -2,6 +2,7 @@ package cri
 
 import (
 	"fmt"
+	"math"
 	"slices"
 
 	"google.golang.org/protobuf/proto"
@@ -37,9 +38,10 @@ func checkUserNamespace(at string, ns *runtimeapi.NamespaceOption) error {
 		}
 		switch m := ids[0]; {
 		case m.GetContainerId() != 0:
-			return refuse(at+"."+field, fmt.Sprintf("the container's id 0 must be mapped, the mapping begins with %d", m.GetContainerId()))
-		case m.GetLength() == 0 || uint64(m.GetHostId())+uint64(m.GetLength()) > 1<<31:
-			return refuse(at+"."+field, fmt.Sprintf("%d ids from %d on are no range of ids", m.GetLength(), m.GetHostId()))
+			return refuse(at+"."+field+".container_id", fmt.Sprintf("the container's id 0 must be mapped, the mapping begins with %d", m.GetContainerId()))
+		// Kubelets take any part of the range; its last id is the kernel's "none".
+		case m.GetLength() == 0 || uint64(m.GetHostId())+uint64(m.GetLength()) > math.MaxUint32:
+			return refuse(at+"."+field+".length", fmt.Sprintf("%d ids from %d on are no range of ids", m.GetLength(), m.GetHostId()))
 		}
 	}
 	return nil

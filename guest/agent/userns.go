@@ -52,12 +52,12 @@ func (m *idMaps) giveToRoot(path string) error {
 	return os.Lchown(path, m.uids[0].HostID, m.gids[0].HostID)
 }
 
-// lastGroup is the largest group id of the pod.
+// lastGroup is the largest group id of the pod, as far as ping_group_range goes.
 func (m *idMaps) lastGroup() int {
 	if m == nil {
 		return math.MaxInt32
 	}
-	return m.gids[0].Size - 1
+	return min(m.gids[0].Size-1, math.MaxInt32)
 }
 
 // owned makes the pod's root the owner of a new process's streams, so that the

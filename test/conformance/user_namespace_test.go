@@ -3,6 +3,7 @@
 package conformance_test
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -26,14 +27,15 @@ func TestUserNamespace(t *testing.T) {
 			t.Errorf("handler %q doesn't offer user namespaces", h.GetName())
 		}
 	}
-	ids := []*runtimeapi.IDMapping{{HostId: 131072, Length: 65536}}
+	const first = 0xE45D0000 // in the upper half of all ids, where kubelets take them from as well
+	ids := []*runtimeapi.IDMapping{{HostId: first, Length: 65536}}
 	userns := &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_POD, Uids: ids, Gids: ids}
 	cfg := podConfig("mapped")
 	cfg.Linux.SecurityContext.NamespaceOptions.UsernsOptions = userns
 	p := newPod(t, cfg)
 
 	dir := filepath.Join(suite.base, "mapped-volumes")
-	for path, owner := range map[string]int{"data": 0, "of-app": 1000, "shared": 131072} {
+	for path, owner := range map[string]int{"data": 0, "of-app": 1000, "shared": first} {
 		if err := os.MkdirAll(filepath.Join(dir, path), 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -60,7 +62,7 @@ func TestUserNamespace(t *testing.T) {
 		mapped(&runtimeapi.Mount{HostPath: dir + "/termination-log", ContainerPath: "/dev/termination-log"}),
 		cri.Mount(&runtimeapi.Mount{HostPath: dir + "/shared", ContainerPath: "/shared"}))
 
-	if got := strings.Fields(p.Output(t, id, "/bin/cat", "/proc/self/uid_map")); strings.Join(got, " ") != "0 131072 65536" {
+	if got := strings.Fields(p.Output(t, id, "/bin/cat", "/proc/self/uid_map")); strings.Join(got, " ") != fmt.Sprint("0 ", first, " 65536") {
 		t.Errorf("uid_map: %v", got)
 	}
 	for _, c := range []struct{ path, want string }{
@@ -76,7 +78,7 @@ func TestUserNamespace(t *testing.T) {
 	if r := p.Do(t, id, "/bin/write", "/of-app/new", "x"); r.Code == 0 {
 		t.Errorf("a read-only volume was written to: %+v", r)
 	}
-	for path, owner := range map[string]uint32{"data/new": 0, "shared/new": 131072, "hosts": 0, "termination-log": 0} {
+	for path, owner := range map[string]uint32{"data/new": 0, "shared/new": first, "hosts": 0, "termination-log": 0} {
 		var st syscall.Stat_t
 		if err := syscall.Stat(filepath.Join(dir, path), &st); err != nil || st.Uid != owner || st.Gid != owner {
 			t.Errorf("on the host %s belongs to %d:%d, %v; want %d", path, st.Uid, st.Gid, err, owner)
