@@ -5,6 +5,8 @@ package vz
 import (
 	"bytes"
 	"context"
+	"debug/elf"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -274,6 +276,35 @@ func TestRefusals(t *testing.T) {
 	_ = c.Console.Close()
 	if _, err := d.New(t.Context(), c); err == nil {
 		t.Error("a console that is closed")
+	}
+}
+
+// Of an Intel Mac's kernels QEMU also boots the one that the framework doesn't.
+func TestUncompressedKernel(t *testing.T) {
+	c := config(t)
+	set(t, &vz.TestArch, "amd64")
+	c.Arch, c.Kernel = "amd64", filepath.Join(c.RunDir, "vmlinux")
+	note := append([]byte{4, 0, 0, 0, 0, 0, 0, 0, 18, 0, 0, 0}, "Xen\x00"...) // a PVH entry
+	var b bytes.Buffer
+	for _, part := range []any{
+		elf.Header64{
+			Ident: [16]byte{0x7f, 'E', 'L', 'F', byte(elf.ELFCLASS64), byte(elf.ELFDATA2LSB), byte(elf.EV_CURRENT)},
+			Type:  uint16(elf.ET_EXEC), Machine: uint16(elf.EM_X86_64), Version: uint32(elf.EV_CURRENT),
+			Phoff: 64, Ehsize: 64, Phentsize: 56, Phnum: 1,
+		},
+		elf.Prog64{Type: uint32(elf.PT_NOTE), Off: 64 + 56, Filesz: uint64(len(note))},
+		note, []byte("Linux version 6.12.0 "), make([]byte, 1024),
+	} {
+		if err := binary.Write(&b, binary.LittleEndian, part); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(c.Kernel, b.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	err := newDriver(t).Validate(c)
+	if !errors.Is(err, vmm.ErrConfig) || !strings.Contains(err.Error(), "boots a bzImage: run `cri-vz guest build`") {
+		t.Error(err)
 	}
 }
 
