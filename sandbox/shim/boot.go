@@ -171,6 +171,12 @@ func (s *Shim) bootOnce(ctx context.Context, sandbox *guestapi.SetUpSandboxReque
 		return fmt.Errorf("the pod was stopped while it booted: %w", errdefs.ErrFailedPrecondition)
 	}
 	s.tasks.Go(func() { s.watchMachine(m) })
+	s.tasks.Go(func() {
+		looks := time.NewTicker(clockEvery)
+		defer looks.Stop()
+		begin := time.Now()
+		s.watchClock(a, looks.C, func() hostTime { return hostClock(begin) })
+	})
 	return nil
 }
 

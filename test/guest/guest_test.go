@@ -65,6 +65,7 @@ func TestPod(t *testing.T) {
 				{"GuestRoot", testGuestRoot},
 				{"BadRequests", testBadRequests},
 				{"Devices", testDevices},
+				{"Clock", testClock},
 				{"Modules", testModules},
 				{"Vsock", testVsock},
 				{"Restarts", testRestarts},
@@ -429,6 +430,32 @@ func testTerminal(t *testing.T, v *vm, layers []string) {
 	if _, err := v.agent.RemoveExec(v.ctx(), &api.RemoveExecRequest{Id: "main", ExecId: "tty"}); err != nil {
 		t.Error(err)
 	}
+}
+
+// The host sets the guest's clock after it has slept.
+func testClock(t *testing.T, v *vm, _ []string) {
+	set := func(at time.Time) {
+		t.Helper()
+		if _, err := v.agent.SetClock(v.ctx(), &api.SetClockRequest{UnixNanos: at.UnixNano()}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	off := func() time.Duration {
+		t.Helper()
+		st, err := v.agent.Stats(v.ctx(), &api.StatsRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return time.Until(time.Unix(0, st.UnixNanos))
+	}
+	for _, by := range []time.Duration{-time.Hour, time.Hour, 0} {
+		set(time.Now().Add(by))
+		if got := off(); (got - by).Abs() > 5*time.Second {
+			t.Errorf("set to be %v off, the clock is %v off", by, got)
+		}
+	}
+	_, err := v.agent.SetClock(v.ctx(), &api.SetClockRequest{})
+	wantCode(t, err, codes.InvalidArgument, "is no time")
 }
 
 // testModules: the kernel loads what a container needs, by way of the agent.

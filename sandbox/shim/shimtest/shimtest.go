@@ -90,6 +90,8 @@ type Machine struct {
 	deaf   atomic.Bool
 	begin  time.Time
 	tasks  sync.WaitGroup
+	// Clock is what SetClock has set last, unix nanoseconds.
+	Clock atomic.Int64
 
 	once sync.Once
 	done chan struct{}
@@ -518,8 +520,12 @@ func (m *Machine) Stats(ctx context.Context, _ *guestapi.StatsRequest) (*guestap
 }
 
 // SetClock implements guest/api.
-func (m *Machine) SetClock(ctx context.Context, _ *guestapi.SetClockRequest) (*guestapi.SetClockResponse, error) {
-	return &guestapi.SetClockResponse{}, m.answer(ctx)
+func (m *Machine) SetClock(ctx context.Context, r *guestapi.SetClockRequest) (*guestapi.SetClockResponse, error) {
+	if err := m.answer(ctx); err != nil {
+		return nil, err
+	}
+	m.Clock.Store(r.GetUnixNanos())
+	return &guestapi.SetClockResponse{}, nil
 }
 
 // Shutdown implements guest/api.

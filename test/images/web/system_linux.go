@@ -14,7 +14,24 @@ import (
 func init() {
 	commands["poweroff"], commands["sethostname"], commands["bridge"] = poweroff, setHostname, bridge
 	commands["chmod"], commands["rawsocket"], commands["winsize"] = chmod, rawSocket, winsize
-	commands["window"], commands["tty"] = window, tty
+	commands["window"], commands["tty"], commands["clock"] = window, tty, clock
+}
+
+// clock [DURATION] prints the time in unix nanoseconds, after it has moved the clock
+// by so much, which needs CAP_SYS_TIME.
+func clock(args []string) (int, error) {
+	if len(args) > 0 {
+		d, err := time.ParseDuration(args[0])
+		if err != nil {
+			return 2, err
+		}
+		ts := unix.NsecToTimespec(time.Now().Add(d).UnixNano())
+		if err := unix.ClockSettime(unix.CLOCK_REALTIME, &ts); err != nil {
+			return 1, err
+		}
+	}
+	fmt.Println(time.Now().UnixNano())
+	return 0, nil
 }
 
 func syscallMount(source, target, fstype string) error {
