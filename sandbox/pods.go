@@ -22,6 +22,12 @@ import (
 // shortID is how much of a pod's id its run directory's name has (T14).
 const shortID = 12
 
+// CheckRun reports whether Options.Run is short enough for the sockets of pods (T14).
+func CheckRun(run string) error {
+	// The driver's own sockets lie one directory deeper.
+	return shim.CheckRunDir(filepath.Join(run, strings.Repeat("0", shortID), "vm"))
+}
+
 // Pods is a node's pod sandboxes. Its methods may be called concurrently.
 type Pods struct {
 	o     Options
@@ -93,8 +99,7 @@ func (o *Options) check() error {
 	if o.Boots < 0 {
 		bad("Options.Boots is %d", o.Boots)
 	}
-	// The driver's own sockets lie one directory deeper.
-	if err := shim.CheckRunDir(filepath.Join(o.Run, strings.Repeat("0", shortID), "vm")); err != nil {
+	if err := CheckRun(o.Run); err != nil {
 		errs = append(errs, err)
 	}
 	if o.Boots == 0 {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/cri-vz/cri-vz/cmd/cri-vz/config"
 	"github.com/cri-vz/cri-vz/guest/image"
+	"github.com/cri-vz/cri-vz/sandbox"
 )
 
 // Results of a check. A warning is something that works less well than it could.
@@ -143,12 +144,11 @@ func checkGuest(_ context.Context, c *config.Config) finding {
 	if c.VM.Default.Kernel != "" {
 		g, err = image.LocateKind(dir, runtime.GOARCH, image.Kind(c.VM.Default.Kernel))
 	}
-	const mend = "run `make guest` in a checkout, and give the daemon's user the same guest.dir or CRI_VZ_CACHE"
 	if err != nil {
-		return failed(err.Error(), mend)
+		return failed(err.Error(), mendGuest)
 	}
 	if err := g.Verify(); err != nil {
-		return failed(err.Error(), mend)
+		return failed(err.Error(), mendGuest)
 	}
 	return ok(fmt.Sprintf("%s kernel %s (%s) in %s", g.KernelKind, g.KernelVersion, g.KernelFormat, dir))
 }
@@ -158,9 +158,12 @@ func checkDiskSpace(_ context.Context, c *config.Config) finding {
 	if err != nil {
 		return failed(err.Error(), "choose another `root`")
 	}
-	free := int64(st.Bavail) * int64(st.Bsize)
+	return enoughSpace(dir, int64(st.Bavail)*int64(st.Bsize))
+}
+
+func enoughSpace(dir string, free int64) finding {
 	detail := fmt.Sprintf("%s free at %s", humanBytes(free), dir)
-	mend := "remove images (`cri-vz image remove`), or choose a `root` on a larger disk"
+	const mend = "remove images (`cri-vz image remove`), or choose a `root` on a larger disk"
 	switch {
 	case free < diskLeast:
 		return failed(detail, mend)
@@ -185,6 +188,9 @@ func statfs(path string) (string, unix.Statfs_t, error) {
 }
 
 func checkSocket(ctx context.Context, c *config.Config) finding {
+	if err := sandbox.CheckRun(c.Run); err != nil { // T14
+		return failed(err.Error(), "choose a shorter `run`")
+	}
 	path := strings.TrimPrefix(c.Listen, "unix://")
 	st, err := os.Lstat(path)
 	switch {

@@ -28,6 +28,8 @@ var platformChecks = []check{
 	{"cgroups", checkCgroups},
 }
 
+const mendGuest = "run `make guest` in a checkout, and give the daemon's user the same guest.dir or CRI_VZ_CACHE"
+
 func checkUser(context.Context, *config.Config) finding {
 	if uid := os.Geteuid(); uid != 0 {
 		return failed(fmt.Sprintf("uid %d", uid), "the daemon has to make mounts and network namespaces: run it, and this, as root")

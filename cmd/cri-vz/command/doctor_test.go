@@ -113,4 +113,12 @@ func TestDoctorDiskSpace(t *testing.T) {
 	if f.Detail == "" || !strings.Contains(f.Detail, " free at /") {
 		t.Errorf("%+v", f)
 	}
+	for _, test := range []struct {
+		free   int64
+		result string
+	}{{diskEnough, resultOK}, {diskEnough - 1, resultWarning}, {diskLeast, resultWarning}, {diskLeast - 1, resultFailed}} {
+		if f := enoughSpace("/data", test.free); f.Result != test.result || (f.Mend == "") != (f.Result == resultOK) {
+			t.Errorf("%d bytes: %+v, want %s", test.free, f, test.result)
+		}
+	}
 }

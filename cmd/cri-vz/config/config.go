@@ -97,7 +97,7 @@ func Load(path string, flags Flags) (*Config, error) {
 	if err != nil {
 		return nil, fmt.Errorf("built-in configuration: %w", err)
 	}
-	platformDefaults(c)
+	platformDefaults(c, runtime.GOOS)
 	if path != "" {
 		b, err := readCapped(path)
 		if err != nil {
@@ -134,7 +134,7 @@ func PlatformDefault() []byte {
 		return Default
 	}
 	after = before
-	platformDefaults(&after)
+	platformDefaults(&after, runtime.GOOS)
 	b := Default
 	for _, v := range [][3]string{
 		{"root", before.Root, after.Root}, {"run", before.Run, after.Run}, {"driver", before.VM.Driver, after.VM.Driver},
@@ -145,8 +145,8 @@ func PlatformDefault() []byte {
 }
 
 // platformDefaults puts state where a Mac user expects it (T14).
-func platformDefaults(c *Config) {
-	if runtime.GOOS != "darwin" {
+func platformDefaults(c *Config, goos string) {
+	if goos != "darwin" {
 		return
 	}
 	c.VM.Driver = "vz"

@@ -1,11 +1,14 @@
 package config
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
+
+	"github.com/cri-vz/cri-vz/sandbox"
 )
 
 func write(t *testing.T, text string) string {
@@ -101,5 +104,24 @@ func TestThePrintedDefaultIsTheDefault(t *testing.T) {
 	none, err := Load("", Flags{})
 	if err != nil || !reflect.DeepEqual(written, none) {
 		t.Errorf("with the printed file %+v, without one %+v, %v", written, none, err)
+	}
+}
+
+// On a Mac everything is below the user's home, and the socket's path fits for a long
+// name too (T14).
+func TestDefaultsOnAMac(t *testing.T) {
+	home := "/Users/" + strings.Repeat("x", 48)
+	t.Setenv("HOME", home)
+	c, err := decode(Default, &Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	platformDefaults(c, "darwin")
+	if c.VM.Driver != "vz" || c.Root != home+"/Library/Application Support/cri-vz" || c.Run != home+"/.cri-vz" {
+		t.Errorf("driver %s, root %s, run %s", c.VM.Driver, c.Root, c.Run)
+	}
+	c.Listen = "unix://" + filepath.Join(c.Run, "cri-vz.sock")
+	if err := errors.Join(c.validate(), sandbox.CheckRun(c.Run)); err != nil {
+		t.Error(err)
 	}
 }
