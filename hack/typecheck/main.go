@@ -63,6 +63,8 @@ type program struct {
 	fset     *token.FileSet
 	packages map[string]*types.Package
 	named    []listed // by the patterns, after what they import
+	// uses, if not nil, gets what the identifiers of checked packages mean.
+	uses map[*ast.Ident]types.Object
 }
 
 // listed is what is used of `go list -json`.
@@ -136,7 +138,7 @@ func (p *program) checkPackage(l listed) (problems []string) {
 	if l.Module != nil && l.Module.GoVersion != "" {
 		conf.GoVersion = "go" + l.Module.GoVersion
 	}
-	p.packages[l.ImportPath], _ = conf.Check(l.ImportPath, p.fset, files, nil)
+	p.packages[l.ImportPath], _ = conf.Check(l.ImportPath, p.fset, files, &types.Info{Uses: p.uses})
 	return problems
 }
 
@@ -172,31 +174,17 @@ func (i imports) Import(path string) (*types.Package, error) {
 }
 
 // compare returns where the stand-in in dir differs from the real package, which
-// has been checked. Fields, variables and what a stand-in has for tests alone, in
-// files whose names begin with "test", are its own business.
+// has been checked. What it doesn't export and what it has for tests alone, in files
+// whose names begin with "test", is its own business.
 func (p *program) compare(dir, path string) (problems []string, err error) {
 	real := p.packages[path]
 	if real == nil {
 		return nil, fmt.Errorf("no package imports %s", path)
 	}
-	names, err := filepath.Glob(filepath.Join(dir, "*.go"))
-	if err != nil || len(names) == 0 {
-		return nil, fmt.Errorf("no Go files in %s: %w", dir, err)
-	}
-	var kept []string
-	for _, n := range names {
-		if !strings.HasSuffix(n, "_test.go") && !strings.HasPrefix(filepath.Base(n), "test") {
-			kept = append(kept, n)
-		}
-	}
-	files, err := p.parse(kept)
+	fake, err := p.standIn(dir, path)
 	if err != nil {
 		return nil, err
 	}
-	// What it doesn't export may need the system that it is for, where it is built and
-	// vetted. An exported name that has an error is not like the real one.
-	conf := types.Config{Importer: lenient{p}, IgnoreFuncBodies: true, Error: func(error) {}}
-	fake, _ := conf.Check(path, p.fset, files, nil)
 	sig := func(o types.Object) string { return types.TypeString(o.Type(), (*types.Package).Name) }
 	differ := func(name string, f, r types.Object) {
 		switch {
@@ -223,6 +211,17 @@ func (p *program) compare(dir, path string) (problems []string, err error) {
 			differ(name, f, r)
 			continue
 		}
+		fu, ru := t.Type().Underlying(), r.Type().Underlying()
+		fields, isStruct := fu.(*types.Struct)
+		if _, is := fu.(*types.Basic); is && !types.Identical(fu, ru) {
+			problems = append(problems, fmt.Sprintf("%s: %s is %s, the real one %s", p.fset.Position(f.Pos()), name, fu, ru))
+		}
+		for i := 0; isStruct && i < fields.NumFields(); i++ {
+			if v := fields.Field(i); v.Exported() {
+				have, _, _ := types.LookupFieldOrMethod(r.Type(), true, real, v.Name())
+				differ(name+"."+v.Name(), v, have)
+			}
+		}
 		methods := types.NewMethodSet(types.NewPointer(t.Type()))
 		if types.IsInterface(t.Type()) {
 			methods = types.NewMethodSet(t.Type())
@@ -235,6 +234,29 @@ func (p *program) compare(dir, path string) (problems []string, err error) {
 		}
 	}
 	return problems, nil
+}
+
+// standIn is the package in dir, as if its import path were path. What it doesn't
+// export may need the system that it is for, where it is built and vetted.
+func (p *program) standIn(dir, path string) (*types.Package, error) {
+	names, err := filepath.Glob(filepath.Join(dir, "*.go"))
+	if err != nil || len(names) == 0 {
+		return nil, fmt.Errorf("no Go files in %s: %w", dir, err)
+	}
+	var kept []string
+	for _, n := range names {
+		if !strings.HasSuffix(n, "_test.go") && !strings.HasPrefix(filepath.Base(n), "test") {
+			kept = append(kept, n)
+		}
+	}
+	files, err := p.parse(kept)
+	if err != nil {
+		return nil, err
+	}
+	// An exported name that has an error is not like the real one.
+	conf := types.Config{Importer: lenient{p}, IgnoreFuncBodies: true, Error: func(error) {}}
+	fake, _ := conf.Check(path, p.fset, files, nil)
+	return fake, nil
 }
 
 // lenient gives an empty package for one that the real program doesn't import.
