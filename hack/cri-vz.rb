@@ -1,4 +1,8 @@
-# Homebrew formula. From a checkout: brew install --HEAD --formula ./hack/cri-vz.rb
+# Homebrew formula. Homebrew takes formulae from taps only. From a checkout:
+#
+#   brew tap-new --no-git local/cri-vz
+#   cp hack/cri-vz.rb "$(brew --repository local/cri-vz)/Formula/"
+#   brew install --HEAD local/cri-vz/cri-vz
 class CriVz < Formula
   desc "Kubernetes container runtime whose pods are virtual machines"
   homepage "https://github.com/cri-vz/cri-vz"
@@ -12,7 +16,7 @@ class CriVz < Formula
     system "make", "build", "agent"
     bin.install "bin/cri-vz"
     libexec.install Dir["bin/cri-vz-agent-*"]
-    pkgshare.install "hack/vz.entitlements", "hack/mac-first-run"
+    pkgshare.install "hack/vz.entitlements"
   end
 
   # Homebrew rewrites and signs anew what it installs, without entitlements.

@@ -253,29 +253,48 @@ func TestFirstRun5Owner(t *testing.T) {
 	select {}
 }
 
-// Experiment 6: what the guest's clock does when the Mac sleeps. Somebody has to put
-// it to sleep.
+// Experiment 6: what becomes of a guest when the Mac sleeps. Its clock may be behind
+// by as long as the sleep took, no more: that is what its shim puts right, as soon as
+// it sees that the wall clock has gone on without the monotonic one.
 func TestFirstRun6Sleep(t *testing.T) {
+	m, c := bootFirst(t, nil)
+	before := guestClock(t, c)
+	began := time.Now()
+	asleep := sleep(t, m)
+	woken := time.Now()
+	after := guestClock(t, c)
+	t.Logf("FIGURE: the guest answers %d ms after the waking up", time.Since(woken).Milliseconds())
+	// Without Round it would be the monotonic clocks' difference.
+	wall := time.Now().Round(0).Sub(began.Round(0))
+	lost := wall - after.Sub(before)
+	t.Logf("FIGURE: of %s, %s of them asleep, the guest's clock lost %s", wall.Round(time.Second), asleep.Round(time.Second), lost.Round(time.Millisecond))
+	if lost < -time.Second || lost > asleep+time.Second {
+		t.Error("the sleep doesn't explain the guest's clock")
+	}
+}
+
+// sleep puts the Mac to sleep, and returns when it is awake again.
+var sleep = askForSleep
+
+// askForSleep asks on the terminal: hack/mac-first-run keeps the output until the end.
+func askForSleep(t *testing.T, _ vmm.Machine) (asleep time.Duration) {
 	if os.Getenv("CRI_VZ_FIRST_RUN_SLEEP") == "" {
 		t.Skip("NOT RUN: with CRI_VZ_FIRST_RUN_SLEEP=1, put the Mac to sleep for a minute when told")
 	}
-	_, c := bootFirst(t, nil)
-	before := guestClock(t, c)
-	began := time.Now()
-	fmt.Println("Put this Mac to sleep now, and wake it after a minute.")
-	// The monotonic clock stands still while a Mac sleeps, the wall clock goes on.
-	for asleep := time.Duration(0); asleep < 20*time.Second; time.Sleep(time.Second) {
+	tty, err := os.OpenFile("/dev/tty", os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatalf("there is nobody to put the Mac to sleep: %v", err)
+	}
+	defer tty.Close()
+	fmt.Fprintln(tty, "Put this Mac to sleep now, and wake it after a minute.")
+	for began := time.Now(); asleep < 20*time.Second; time.Sleep(time.Second) {
+		// The monotonic clock stands still while a Mac sleeps, the wall clock goes on.
 		asleep = time.Now().Round(0).Sub(began.Round(0)) - time.Since(began)
 		if time.Since(began) > 5*time.Minute {
-			t.Fatal("the Mac was not put to sleep")
+			t.Fatal("no sleep of 20 s was seen in 5 minutes: the Mac was not put to sleep, or the monotonic clock goes on, and then shims don't see it either")
 		}
 	}
-	wall := time.Now().Round(0).Sub(began.Round(0))
-	lost := wall - guestClock(t, c).Sub(before)
-	t.Logf("FIGURE: after %s the guest's clock is %s behind", wall.Round(time.Second), lost.Round(time.Millisecond))
-	if lost > time.Second {
-		t.Error("the guest's clock stands still while the Mac sleeps: it has to be set after that")
-	}
+	return asleep
 }
 
 func guestClock(t *testing.T, c *vmmtest.Client) time.Time {

@@ -11,9 +11,12 @@ import (
 	"runtime"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/Code-Hex/vz/v3"
 	"golang.org/x/sys/unix"
+
+	"github.com/cri-vz/cri-vz/sandbox/vmm"
 )
 
 // inside marks the process in which the tests run.
@@ -30,6 +33,7 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	vz.TestArch = "arm64"
+	sleep = sleepHere
 	os.Exit(m.Run())
 }
 
@@ -67,4 +71,17 @@ func reexec() (code int) {
 		return 1
 	}
 	return 0
+}
+
+// sleepHere is a sleep of the Mac that the stand-in stands in for.
+func sleepHere(t *testing.T, m vmm.Machine) time.Duration {
+	const asleep = 3 * time.Second
+	mac := m.(*machine)
+	mac.mu.Lock()
+	vm := mac.vm
+	mac.mu.Unlock()
+	if err := vz.TestSleep(vm, asleep); err != nil {
+		t.Fatal(err)
+	}
+	return asleep
 }

@@ -26,6 +26,7 @@ type guest struct {
 	shares []*shareDevice
 	qemu   *process
 	relays []*relay
+	qmp    io.Writer
 	gone   chan struct{} // closed when nothing of it is left
 	err    error
 
@@ -177,6 +178,7 @@ func startGuest(c *VirtualMachineConfiguration) (_ *guest, err error) {
 	// Closed here and not by the deferred call alone: with a copy of its own,
 	// reading would never end.
 	write.Close()
+	g.qmp = in
 	if err := running(in, out); err != nil {
 		g.kill()
 		return nil, errors.Join(err, g.wait())

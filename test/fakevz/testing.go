@@ -1,12 +1,14 @@
 package vz
 
 import (
+	"io"
 	"os"
 	"runtime"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // What a test can set, while no machine is being made. Only TestArch and what
@@ -79,6 +81,20 @@ func TestSetShare(vm *VirtualMachine, tag string, share DirectoryShare) error {
 // TestDisconnect cuts off a NIC of a running machine.
 func TestDisconnect(vm *VirtualMachine, err error) {
 	vm.lost.In() <- &DisconnectedError{Err: err}
+}
+
+// TestSleep is what becomes of a running machine when its Mac sleeps for d: nothing of
+// it runs, and its clock stands still.
+func TestSleep(vm *VirtualMachine, d time.Duration) error {
+	vm.mu.Lock()
+	g := vm.guest
+	vm.mu.Unlock()
+	if _, err := io.WriteString(g.qmp, `{"execute":"stop"}`); err != nil {
+		return err
+	}
+	time.Sleep(d)
+	_, err := io.WriteString(g.qmp, `{"execute":"cont"}`)
+	return err
 }
 
 var released atomic.Int64

@@ -125,3 +125,23 @@ func TestDefaultsOnAMac(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// The README's crictl.yaml, for Linux and for a Mac, name the default socket.
+func TestREADMEsSockets(t *testing.T) {
+	readme, err := os.ReadFile("../../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("HOME", "/Users/you")
+	for _, goos := range []string{"linux", "darwin"} {
+		c, err := decode(Default, &Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		platformDefaults(c, goos)
+		socket := "unix://" + filepath.Join(c.Run, "cri-vz.sock")
+		if want := "\nruntime-endpoint: " + socket + "\nimage-endpoint: " + socket + "\ntimeout: "; !strings.Contains(string(readme), want) {
+			t.Errorf("%s: no %q", goos, want)
+		}
+	}
+}
