@@ -26,6 +26,9 @@ const (
 	closeTimeout = 10 * time.Second
 	// stopAgain is the pause before a machine is told to stop that could not.
 	stopAgain = 50 * time.Millisecond
+	// lastState bounds the wait for word of a machine's end, which is there already or
+	// on its way.
+	lastState = time.Second
 )
 
 // errGone is what connections to a machine that ended fail with.
@@ -41,7 +44,7 @@ type machine struct {
 	done         chan struct{}  // closed when the VM has ended
 	killed       chan struct{}  // closed when it has to
 	settingShare chan struct{}  // a semaphore of one
-	owner        sync.WaitGroup // of run
+	owner        sync.WaitGroup // of run, and of watchNICs
 
 	mu      sync.Mutex
 	files   []*os.File // what the framework uses; T50: it has no descriptors of its own
@@ -149,6 +152,11 @@ func (m *machine) stop(vm *vz.VirtualMachine) bool {
 	}
 	err := vm.Stop()
 	if err == nil {
+		// vz is told of the new state apart from Stop's answer, and ends this process
+		// if the machine has been released by then.
+		for late := time.Now().Add(lastState); !ended(vm.State()) && time.Now().Before(late); {
+			time.Sleep(time.Millisecond)
+		}
 		m.end(nil)
 		return true
 	}
@@ -298,16 +306,17 @@ func (m *machine) adopt(c net.Conn) (net.Conn, error) {
 		m.conns[wrapped] = true
 		m.watched = true
 	}
+	// From the first connection on, and not before: who has asked vz once keeps the
+	// machine for as long as the process lives, and a guest that did not boot has a
+	// successor. Under mu, because run is one of owner's until ended is set: Close
+	// waits for this one too.
+	if !over && !watched {
+		m.owner.Go(func() { m.watchNICs(vm) })
+	}
 	m.mu.Unlock()
 	if over {
 		_ = c.Close()
 		return nil, errGone
-	}
-	// From the first connection on, and not before: who has asked vz once keeps the
-	// machine for as long as the process lives, and a guest that did not boot has a
-	// successor.
-	if !watched {
-		go m.watchNICs(vm)
 	}
 	return wrapped, nil
 }

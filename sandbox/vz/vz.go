@@ -28,7 +28,8 @@
 // caching mode Cached, the automatic one has corrupted disks on Apple silicon; asking
 // for the disconnections of NICs keeps a machine for ever, so only one whose guest
 // answered is asked (adopt); an MTU below 1500 is refused without a reason (Validate);
-// text that is not UTF-8 becomes a nil that ends the process (sharedDirectory).
+// text that is not UTF-8 becomes a nil that ends the process (sharedDirectory); so does
+// a change of state that comes when the machine has been released (stop).
 //
 // One fault can't be dealt with from outside: Connect closes the descriptor of the
 // framework's connection, which closes it once more some microseconds later. What got

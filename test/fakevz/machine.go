@@ -103,6 +103,9 @@ func (v *VirtualMachine) Start(opts ...VirtualMachineStartOption) error {
 			v.set(VirtualMachineStateError)
 			return
 		}
+		if stopping { // and after Stop's answer
+			time.Sleep(5 * time.Millisecond)
+		}
 		v.set(VirtualMachineStateStopped)
 	}()
 	return nil
