@@ -2,6 +2,7 @@ package shim
 
 import (
 	"errors"
+	"io"
 	"net"
 	"os"
 	"sync"
@@ -11,6 +12,9 @@ import (
 // vanishCheck is how often a write that the guest doesn't take is interrupted
 // to see whether its client is still there.
 const vanishCheck = 2 * time.Second
+
+// linger bounds how long a client may take to close what the guest has closed.
+const linger = 5 * time.Second
 
 // largeBuffer is for a direction that fills a small one: what goes to the guest in
 // one write is worked on there in one go.
@@ -24,27 +28,36 @@ var (
 	largeBuffers = sync.Pool{New: func() any { b := make([]byte, largeBuffer); return &b }}
 )
 
-// splice copies the bytes of one data connection both ways, frames and all,
-// until either side closes, and closes both. Ends of file are frames, so that a
-// closed connection is always the end of both directions.
+// splice copies the bytes of one data connection both ways, frames and all, until
+// the client closes it, or the guest; then both are closed. Ends of file are frames,
+// so that a client that closes ends both directions. A guest that takes no more
+// has perhaps not said all: what it wrote before it closed reaches the client.
 func splice(client net.Conn, guest net.Conn) {
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		copyUntilVanished(guest, client, client)
-		guest.Close()
-		client.Close()
+		if copyUntilVanished(guest, client, client) {
+			guest.Close()
+			return
+		}
+		// A connection that is closed with unread bytes breaks off at the client.
+		_, _ = io.Copy(io.Discard, onlyReader{client})
 	})
 	wg.Go(func() {
 		copyUntilVanished(client, guest, client)
 		guest.Close()
-		client.Close()
+		_ = client.SetReadDeadline(time.Now().Add(linger))
+		if c, ok := client.(interface{ CloseWrite() error }); ok {
+			_ = c.CloseWrite()
+		}
 	})
 	wg.Wait()
+	client.Close()
 }
 
 // copyUntilVanished copies src to dst; while dst doesn't take bytes it looks
-// whether client is still there.
-func copyUntilVanished(dst, src, client net.Conn) {
+// whether client is still there. It tells whether src has ended; else dst takes no
+// more.
+func copyUntilVanished(dst, src, client net.Conn) (ended bool) {
 	small := smallBuffers.Get().(*[]byte)
 	defer smallBuffers.Put(small)
 	var large *[]byte
@@ -69,11 +82,11 @@ func copyUntilVanished(dst, src, client net.Conn) {
 				continue
 			}
 			if !errors.Is(werr, os.ErrDeadlineExceeded) || vanished(client) {
-				return
+				return false
 			}
 		}
 		if err != nil {
-			return
+			return true
 		}
 		if n <= smallBuffer/2 {
 			release()

@@ -1,0 +1,71 @@
+package shim
+
+import (
+	"bytes"
+	"io"
+	"net"
+	"path/filepath"
+	"testing"
+	"time"
+
+	guestapi "github.com/cri-vz/cri-vz/guest/api"
+)
+
+// pair is both ends of a unix socket; what is left open is closed with the test.
+func pair(t *testing.T) (a, b *net.UnixConn) {
+	t.Helper()
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	dialled, err := net.Dial("unix", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	accepted, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { dialled.Close(); accepted.Close() })
+	return dialled.(*net.UnixConn), accepted.(*net.UnixConn)
+}
+
+// T17: a process that ends without having read its input has still said its last
+// words to a client that goes on sending.
+func TestOutputOutlivesInput(t *testing.T) {
+	client, ours := pair(t)
+	guest, theirs := pair(t)
+	done := make(chan struct{})
+	go func() { defer close(done); splice(ours, theirs) }()
+
+	if err := guest.CloseRead(); err != nil { // writes to it fail from now on
+		t.Fatal(err)
+	}
+	sent := make(chan error, 1)
+	go func() { _, err := client.Write(make([]byte, 1<<20)); sent <- err }()
+	if err := <-sent; err != nil {
+		t.Fatalf("the client's input after the guest takes no more: %v", err)
+	}
+	last := bytes.Repeat([]byte("last words "), 50_000)
+	go func() {
+		st := guestapi.NewStream(guest)
+		_, _ = st.Write(last)
+		_ = st.CloseWrite()
+		st.Close()
+	}()
+	_ = client.SetReadDeadline(time.Now().Add(10 * time.Second))
+	got, err := io.ReadAll(guestapi.NewStream(client))
+	if err != nil || !bytes.Equal(got, last) {
+		t.Errorf("%d of %d bytes, %v", len(got), len(last), err)
+	}
+	if n, err := client.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+		t.Errorf("after the end: %d bytes, %v", n, err)
+	}
+	client.Close()
+	select {
+	case <-done:
+	case <-time.After(linger / 2):
+		t.Error("the client has closed, and its connection is still served")
+	}
+}
