@@ -84,6 +84,7 @@ func (m *machine) addConsole(cfg *vz.VirtualMachineConfiguration) error {
 		return err
 	}
 	cfg.SetSerialPortsVirtualMachineConfiguration([]*vz.VirtioConsoleDeviceSerialPortConfiguration{port})
+	runtime.KeepAlive(port)
 	return nil
 }
 
@@ -93,6 +94,7 @@ func addEntropy(cfg *vz.VirtualMachineConfiguration) error {
 		return err
 	}
 	cfg.SetEntropyDevicesVirtualMachineConfiguration([]*vz.VirtioEntropyDeviceConfiguration{d})
+	runtime.KeepAlive(d)
 	return nil
 }
 
@@ -104,6 +106,7 @@ func addBalloon(cfg *vz.VirtualMachineConfiguration) error {
 		return err
 	}
 	cfg.SetMemoryBalloonDevicesVirtualMachineConfiguration([]vz.MemoryBalloonDeviceConfiguration{d})
+	runtime.KeepAlive(d)
 	return nil
 }
 
@@ -113,6 +116,7 @@ func addSocket(cfg *vz.VirtualMachineConfiguration) error {
 		return err
 	}
 	cfg.SetSocketDevicesVirtualMachineConfiguration([]vz.SocketDeviceConfiguration{d})
+	runtime.KeepAlive(d)
 	return nil
 }
 
@@ -138,6 +142,7 @@ func (m *machine) addDisks(cfg *vz.VirtualMachineConfiguration) error {
 		disks = append(disks, disk)
 	}
 	cfg.SetStorageDevicesVirtualMachineConfiguration(disks)
+	runtime.KeepAlive(disks)
 	return nil
 }
 
@@ -172,6 +177,7 @@ func (m *machine) addShares(cfg *vz.VirtualMachineConfiguration) error {
 		}
 	}
 	cfg.SetDirectorySharingDevicesVirtualMachineConfiguration(devices)
+	runtime.KeepAlive(devices)
 	return nil
 }
 
@@ -240,6 +246,7 @@ func (m *machine) addNICs(cfg *vz.VirtualMachineConfiguration) error {
 		nics = append(nics, nic)
 	}
 	cfg.SetNetworkDevicesVirtualMachineConfiguration(nics)
+	runtime.KeepAlive(nics)
 	return nil
 }
 
