@@ -91,7 +91,7 @@ func translate(pod *runtimeapi.PodSandboxConfig, c *runtimeapi.ContainerConfig, 
 	}
 	for _, step := range []func() error{
 		func() error { return t.process(c, img) },
-		func() error { return t.identity(sc, img) },
+		func() error { return t.identity(pod, sc, img) },
 		func() error { return t.capabilities(sc) },
 		func() error { return t.pidNamespace(pod, ns) },
 		func() error { return t.mounts(pod, c) },
@@ -183,7 +183,7 @@ func mergeEnv(env, add []string) []string {
 	return out
 }
 
-func (t *translation) identity(sc *runtimeapi.LinuxContainerSecurityContext, img *v1.ConfigFile) error {
+func (t *translation) identity(pod *runtimeapi.PodSandboxConfig, sc *runtimeapi.LinuxContainerSecurityContext, img *v1.ConfigFile) error {
 	u := &guestapi.User{Name: img.Config.User}
 	switch {
 	case sc.GetRunAsUser() != nil:
@@ -202,17 +202,22 @@ func (t *translation) identity(sc *runtimeapi.LinuxContainerSecurityContext, img
 		gid := g.GetValue()
 		u.Gid = &gid
 	}
-	for field, id := range map[string]*int64{"run_as_user": u.Uid, "run_as_group": u.Gid} {
-		if id != nil && (*id < 0 || *id > 1<<31-1) {
-			return refuse("config.linux.security_context."+field, fmt.Sprintf("%d is not an id", *id))
+	uids, gids := mappedIDs(pod)
+	for _, id := range []struct {
+		field string
+		id    *int64
+		ids   int64
+	}{{"run_as_user", u.Uid, uids}, {"run_as_group", u.Gid, gids}} {
+		if id.id != nil && (*id.id < 0 || *id.id >= id.ids) {
+			return refuse("config.linux.security_context."+id.field, fmt.Sprintf("%d is not an id, which the pod has from 0 to %d", *id.id, id.ids-1))
 		}
 	}
 	if n := len(sc.GetSupplementalGroups()); n > maxGroups {
 		return refuse("config.linux.security_context.supplemental_groups", fmt.Sprintf("%d groups are more than %d", n, maxGroups))
 	}
 	for _, g := range sc.GetSupplementalGroups() {
-		if g < 0 || g > 1<<31-1 {
-			return refuse("config.linux.security_context.supplemental_groups", fmt.Sprintf("%d is not a group id", g))
+		if g < 0 || g >= gids {
+			return refuse("config.linux.security_context.supplemental_groups", fmt.Sprintf("%d is not a group id, which the pod has from 0 to %d", g, gids-1))
 		}
 		u.SupplementalGroups = append(u.SupplementalGroups, uint32(g))
 	}

@@ -56,6 +56,15 @@ func userNamespaceOf(pod *runtimeapi.PodSandboxConfig) *runtimeapi.UserNamespace
 	return u
 }
 
+// mappedIDs is how many user and group ids a pod's processes can have, from 0 on.
+func mappedIDs(pod *runtimeapi.PodSandboxConfig) (uids, gids int64) {
+	u := userNamespaceOf(pod)
+	if u == nil {
+		return 1 << 31, 1 << 31
+	}
+	return int64(u.GetUids()[0].GetLength()), int64(u.GetGids()[0].GetLength())
+}
+
 // checkSameUserNamespace refuses a container whose user namespace is not its
 // pod's: the pod's namespaces belong to that.
 func checkSameUserNamespace(pod *runtimeapi.PodSandboxConfig, ns *runtimeapi.NamespaceOption) error {

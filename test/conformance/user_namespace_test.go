@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"testing"
 
+	"google.golang.org/grpc/codes"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	cri "github.com/cri-vz/cri-vz/test/criclient"
@@ -86,6 +87,18 @@ func TestUserNamespace(t *testing.T) {
 	}
 	if b, err := os.ReadFile(filepath.Join(dir, "termination-log")); err != nil || string(b) != "written\n" {
 		t.Errorf("the termination log: %q, %v", b, err)
+	}
+	for field, as := range map[string]func(*runtimeapi.LinuxContainerSecurityContext){
+		"run_as_user": func(sc *runtimeapi.LinuxContainerSecurityContext) {
+			sc.RunAsUser = &runtimeapi.Int64Value{Value: 65536}
+		},
+		"run_as_group": func(sc *runtimeapi.LinuxContainerSecurityContext) {
+			sc.RunAsGroup = &runtimeapi.Int64Value{Value: 65536}
+		},
+		"supplemental_groups": func(sc *runtimeapi.LinuxContainerSecurityContext) { sc.SupplementalGroups = []int64{65536} },
+	} {
+		_, err := p.CreateContext(cri.Timeout(t, cri.CallTimeout), "unmapped", cri.AsRoot, inside, func(c *runtimeapi.ContainerConfig) { as(c.Linux.SecurityContext) })
+		cri.WantError(t, err, codes.InvalidArgument, field, "65535")
 	}
 	// The image's own user, and a restart.
 	if got := p.Run(t, "app", inside, cri.Command("/bin/id")); got.Code != 0 || !strings.Contains(got.Stdout, "uid=1000") {

@@ -69,7 +69,7 @@ func outer() (code int, err error) {
 		return 1, fmt.Errorf("%s is not set: these tests need the programs that test/node/kubernetes/build makes; `make test-node` calls it", binEnv)
 	}
 	if left := podCgroups(); len(left) > 0 {
-		return 1, fmt.Errorf("a kubelet runs here, or left %s: its pods and this test's could not be told apart", strings.Join(left, ", "))
+		return 1, fmt.Errorf("a kubelet runs here, or left %s: its pods and this test's could not be told apart; if no kubelet runs: find %s -depth -type d -exec rmdir {} +", strings.Join(left, ", "), strings.Join(left, " "))
 	}
 	runtime.LockOSThread() // the inner process dies with this thread
 	// Short, because of the sockets below it (T14).
