@@ -2557,6 +2557,110 @@ func (*SetClockResponse) Descriptor() ([]byte, []int) {
 	return file_guest_api_agent_proto_rawDescGZIP(), []int{36}
 }
 
+type MemoryRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	DropCaches    bool                   `protobuf:"varint,1,opt,name=drop_caches,json=dropCaches,proto3" json:"drop_caches,omitempty"` // before; files are read again when they are needed
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MemoryRequest) Reset() {
+	*x = MemoryRequest{}
+	mi := &file_guest_api_agent_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MemoryRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MemoryRequest) ProtoMessage() {}
+
+func (x *MemoryRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_api_agent_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MemoryRequest.ProtoReflect.Descriptor instead.
+func (*MemoryRequest) Descriptor() ([]byte, []int) {
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *MemoryRequest) GetDropCaches() bool {
+	if x != nil {
+		return x.DropCaches
+	}
+	return false
+}
+
+type MemoryResponse struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	FreeBytes      uint64                 `protobuf:"varint,1,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"`                // nothing is in it
+	AvailableBytes uint64                 `protobuf:"varint,2,opt,name=available_bytes,json=availableBytes,proto3" json:"available_bytes,omitempty"` // free, or could be
+	CpuUsageNanos  uint64                 `protobuf:"varint,3,opt,name=cpu_usage_nanos,json=cpuUsageNanos,proto3" json:"cpu_usage_nanos,omitempty"`  // of all containers
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *MemoryResponse) Reset() {
+	*x = MemoryResponse{}
+	mi := &file_guest_api_agent_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MemoryResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MemoryResponse) ProtoMessage() {}
+
+func (x *MemoryResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_api_agent_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MemoryResponse.ProtoReflect.Descriptor instead.
+func (*MemoryResponse) Descriptor() ([]byte, []int) {
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *MemoryResponse) GetFreeBytes() uint64 {
+	if x != nil {
+		return x.FreeBytes
+	}
+	return 0
+}
+
+func (x *MemoryResponse) GetAvailableBytes() uint64 {
+	if x != nil {
+		return x.AvailableBytes
+	}
+	return 0
+}
+
+func (x *MemoryResponse) GetCpuUsageNanos() uint64 {
+	if x != nil {
+		return x.CpuUsageNanos
+	}
+	return 0
+}
+
 type ShutdownRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2565,7 +2669,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_guest_api_agent_proto_msgTypes[37]
+	mi := &file_guest_api_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2577,7 +2681,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[37]
+	mi := &file_guest_api_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2590,7 +2694,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{37}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{39}
 }
 
 type ShutdownResponse struct {
@@ -2601,7 +2705,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_guest_api_agent_proto_msgTypes[38]
+	mi := &file_guest_api_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2613,7 +2717,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[38]
+	mi := &file_guest_api_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2626,7 +2730,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{38}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{40}
 }
 
 var File_guest_api_agent_proto protoreflect.FileDescriptor
@@ -2842,7 +2946,15 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"\x0fSetClockRequest\x12\x1d\n" +
 	"\n" +
 	"unix_nanos\x18\x01 \x01(\x03R\tunixNanos\"\x12\n" +
-	"\x10SetClockResponse\"\x11\n" +
+	"\x10SetClockResponse\"0\n" +
+	"\rMemoryRequest\x12\x1f\n" +
+	"\vdrop_caches\x18\x01 \x01(\bR\n" +
+	"dropCaches\"\x80\x01\n" +
+	"\x0eMemoryResponse\x12\x1d\n" +
+	"\n" +
+	"free_bytes\x18\x01 \x01(\x04R\tfreeBytes\x12'\n" +
+	"\x0favailable_bytes\x18\x02 \x01(\x04R\x0eavailableBytes\x12&\n" +
+	"\x0fcpu_usage_nanos\x18\x03 \x01(\x04R\rcpuUsageNanos\"\x11\n" +
 	"\x0fShutdownRequest\"\x12\n" +
 	"\x10ShutdownResponse*=\n" +
 	"\rNamespaceMode\x12\a\n" +
@@ -2850,7 +2962,7 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"\tCONTAINER\x10\x01\x12\b\n" +
 	"\x04NODE\x10\x02\x12\n" +
 	"\n" +
-	"\x06TARGET\x10\x032\x8f\t\n" +
+	"\x06TARGET\x10\x032\xd8\t\n" +
 	"\x05Agent\x12D\n" +
 	"\x05Hello\x12\x1c.crivz.guest.v1.HelloRequest\x1a\x1d.crivz.guest.v1.HelloResponse\x12Y\n" +
 	"\fSetUpSandbox\x12#.crivz.guest.v1.SetUpSandboxRequest\x1a$.crivz.guest.v1.SetUpSandboxResponse\x12b\n" +
@@ -2865,7 +2977,8 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"\x0fRemoveContainer\x12&.crivz.guest.v1.RemoveContainerRequest\x1a'.crivz.guest.v1.RemoveContainerResponse\x12b\n" +
 	"\x0fUpdateContainer\x12&.crivz.guest.v1.UpdateContainerRequest\x1a'.crivz.guest.v1.UpdateContainerResponse\x12D\n" +
 	"\x05Stats\x12\x1c.crivz.guest.v1.StatsRequest\x1a\x1d.crivz.guest.v1.StatsResponse\x12M\n" +
-	"\bSetClock\x12\x1f.crivz.guest.v1.SetClockRequest\x1a .crivz.guest.v1.SetClockResponse\x12M\n" +
+	"\bSetClock\x12\x1f.crivz.guest.v1.SetClockRequest\x1a .crivz.guest.v1.SetClockResponse\x12G\n" +
+	"\x06Memory\x12\x1d.crivz.guest.v1.MemoryRequest\x1a\x1e.crivz.guest.v1.MemoryResponse\x12M\n" +
 	"\bShutdown\x12\x1f.crivz.guest.v1.ShutdownRequest\x1a .crivz.guest.v1.ShutdownResponseB(Z&github.com/cri-vz/cri-vz/guest/api;apib\x06proto3"
 
 var (
@@ -2881,7 +2994,7 @@ func file_guest_api_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_guest_api_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_guest_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
+var file_guest_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
 var file_guest_api_agent_proto_goTypes = []any{
 	(NamespaceMode)(0),              // 0: crivz.guest.v1.NamespaceMode
 	(*HelloRequest)(nil),            // 1: crivz.guest.v1.HelloRequest
@@ -2921,9 +3034,11 @@ var file_guest_api_agent_proto_goTypes = []any{
 	(*InterfaceStats)(nil),          // 35: crivz.guest.v1.InterfaceStats
 	(*SetClockRequest)(nil),         // 36: crivz.guest.v1.SetClockRequest
 	(*SetClockResponse)(nil),        // 37: crivz.guest.v1.SetClockResponse
-	(*ShutdownRequest)(nil),         // 38: crivz.guest.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),        // 39: crivz.guest.v1.ShutdownResponse
-	nil,                             // 40: crivz.guest.v1.SetUpSandboxRequest.SysctlsEntry
+	(*MemoryRequest)(nil),           // 38: crivz.guest.v1.MemoryRequest
+	(*MemoryResponse)(nil),          // 39: crivz.guest.v1.MemoryResponse
+	(*ShutdownRequest)(nil),         // 40: crivz.guest.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),        // 41: crivz.guest.v1.ShutdownResponse
+	nil,                             // 42: crivz.guest.v1.SetUpSandboxRequest.SysctlsEntry
 }
 var file_guest_api_agent_proto_depIdxs = []int32{
 	3,  // 0: crivz.guest.v1.HelloResponse.boot:type_name -> crivz.guest.v1.Step
@@ -2933,7 +3048,7 @@ var file_guest_api_agent_proto_depIdxs = []int32{
 	6,  // 4: crivz.guest.v1.SetUpSandboxRequest.interfaces:type_name -> crivz.guest.v1.Interface
 	7,  // 5: crivz.guest.v1.SetUpSandboxRequest.routes:type_name -> crivz.guest.v1.Route
 	8,  // 6: crivz.guest.v1.SetUpSandboxRequest.dns:type_name -> crivz.guest.v1.DNS
-	40, // 7: crivz.guest.v1.SetUpSandboxRequest.sysctls:type_name -> crivz.guest.v1.SetUpSandboxRequest.SysctlsEntry
+	42, // 7: crivz.guest.v1.SetUpSandboxRequest.sysctls:type_name -> crivz.guest.v1.SetUpSandboxRequest.SysctlsEntry
 	9,  // 8: crivz.guest.v1.SetUpSandboxRequest.host_aliases:type_name -> crivz.guest.v1.HostAlias
 	3,  // 9: crivz.guest.v1.SetUpSandboxResponse.steps:type_name -> crivz.guest.v1.Step
 	12, // 10: crivz.guest.v1.CreateContainerRequest.user:type_name -> crivz.guest.v1.User
@@ -2956,23 +3071,25 @@ var file_guest_api_agent_proto_depIdxs = []int32{
 	29, // 27: crivz.guest.v1.Agent.UpdateContainer:input_type -> crivz.guest.v1.UpdateContainerRequest
 	31, // 28: crivz.guest.v1.Agent.Stats:input_type -> crivz.guest.v1.StatsRequest
 	36, // 29: crivz.guest.v1.Agent.SetClock:input_type -> crivz.guest.v1.SetClockRequest
-	38, // 30: crivz.guest.v1.Agent.Shutdown:input_type -> crivz.guest.v1.ShutdownRequest
-	2,  // 31: crivz.guest.v1.Agent.Hello:output_type -> crivz.guest.v1.HelloResponse
-	10, // 32: crivz.guest.v1.Agent.SetUpSandbox:output_type -> crivz.guest.v1.SetUpSandboxResponse
-	14, // 33: crivz.guest.v1.Agent.CreateContainer:output_type -> crivz.guest.v1.CreateContainerResponse
-	16, // 34: crivz.guest.v1.Agent.StartContainer:output_type -> crivz.guest.v1.StartContainerResponse
-	18, // 35: crivz.guest.v1.Agent.Exec:output_type -> crivz.guest.v1.ExecResponse
-	20, // 36: crivz.guest.v1.Agent.Wait:output_type -> crivz.guest.v1.WaitResponse
-	22, // 37: crivz.guest.v1.Agent.Signal:output_type -> crivz.guest.v1.SignalResponse
-	24, // 38: crivz.guest.v1.Agent.ResizePty:output_type -> crivz.guest.v1.ResizePtyResponse
-	26, // 39: crivz.guest.v1.Agent.RemoveExec:output_type -> crivz.guest.v1.RemoveExecResponse
-	28, // 40: crivz.guest.v1.Agent.RemoveContainer:output_type -> crivz.guest.v1.RemoveContainerResponse
-	30, // 41: crivz.guest.v1.Agent.UpdateContainer:output_type -> crivz.guest.v1.UpdateContainerResponse
-	32, // 42: crivz.guest.v1.Agent.Stats:output_type -> crivz.guest.v1.StatsResponse
-	37, // 43: crivz.guest.v1.Agent.SetClock:output_type -> crivz.guest.v1.SetClockResponse
-	39, // 44: crivz.guest.v1.Agent.Shutdown:output_type -> crivz.guest.v1.ShutdownResponse
-	31, // [31:45] is the sub-list for method output_type
-	17, // [17:31] is the sub-list for method input_type
+	38, // 30: crivz.guest.v1.Agent.Memory:input_type -> crivz.guest.v1.MemoryRequest
+	40, // 31: crivz.guest.v1.Agent.Shutdown:input_type -> crivz.guest.v1.ShutdownRequest
+	2,  // 32: crivz.guest.v1.Agent.Hello:output_type -> crivz.guest.v1.HelloResponse
+	10, // 33: crivz.guest.v1.Agent.SetUpSandbox:output_type -> crivz.guest.v1.SetUpSandboxResponse
+	14, // 34: crivz.guest.v1.Agent.CreateContainer:output_type -> crivz.guest.v1.CreateContainerResponse
+	16, // 35: crivz.guest.v1.Agent.StartContainer:output_type -> crivz.guest.v1.StartContainerResponse
+	18, // 36: crivz.guest.v1.Agent.Exec:output_type -> crivz.guest.v1.ExecResponse
+	20, // 37: crivz.guest.v1.Agent.Wait:output_type -> crivz.guest.v1.WaitResponse
+	22, // 38: crivz.guest.v1.Agent.Signal:output_type -> crivz.guest.v1.SignalResponse
+	24, // 39: crivz.guest.v1.Agent.ResizePty:output_type -> crivz.guest.v1.ResizePtyResponse
+	26, // 40: crivz.guest.v1.Agent.RemoveExec:output_type -> crivz.guest.v1.RemoveExecResponse
+	28, // 41: crivz.guest.v1.Agent.RemoveContainer:output_type -> crivz.guest.v1.RemoveContainerResponse
+	30, // 42: crivz.guest.v1.Agent.UpdateContainer:output_type -> crivz.guest.v1.UpdateContainerResponse
+	32, // 43: crivz.guest.v1.Agent.Stats:output_type -> crivz.guest.v1.StatsResponse
+	37, // 44: crivz.guest.v1.Agent.SetClock:output_type -> crivz.guest.v1.SetClockResponse
+	39, // 45: crivz.guest.v1.Agent.Memory:output_type -> crivz.guest.v1.MemoryResponse
+	41, // 46: crivz.guest.v1.Agent.Shutdown:output_type -> crivz.guest.v1.ShutdownResponse
+	32, // [32:47] is the sub-list for method output_type
+	17, // [17:32] is the sub-list for method input_type
 	17, // [17:17] is the sub-list for extension type_name
 	17, // [17:17] is the sub-list for extension extendee
 	0,  // [0:17] is the sub-list for field type_name
@@ -2991,7 +3108,7 @@ func file_guest_api_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_guest_api_agent_proto_rawDesc), len(file_guest_api_agent_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   40,
+			NumMessages:   42,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

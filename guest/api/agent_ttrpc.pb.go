@@ -21,6 +21,7 @@ type AgentService interface {
 	UpdateContainer(context.Context, *UpdateContainerRequest) (*UpdateContainerResponse, error)
 	Stats(context.Context, *StatsRequest) (*StatsResponse, error)
 	SetClock(context.Context, *SetClockRequest) (*SetClockResponse, error)
+	Memory(context.Context, *MemoryRequest) (*MemoryResponse, error)
 	Shutdown(context.Context, *ShutdownRequest) (*ShutdownResponse, error)
 }
 
@@ -117,6 +118,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.SetClock(ctx, &req)
+			},
+			"Memory": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req MemoryRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Memory(ctx, &req)
 			},
 			"Shutdown": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req ShutdownRequest
@@ -238,6 +246,14 @@ func (c *agentClient) Stats(ctx context.Context, req *StatsRequest) (*StatsRespo
 func (c *agentClient) SetClock(ctx context.Context, req *SetClockRequest) (*SetClockResponse, error) {
 	var resp SetClockResponse
 	if err := c.client.Call(ctx, "crivz.guest.v1.Agent", "SetClock", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) Memory(ctx context.Context, req *MemoryRequest) (*MemoryResponse, error) {
+	var resp MemoryResponse
+	if err := c.client.Call(ctx, "crivz.guest.v1.Agent", "Memory", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -177,6 +177,11 @@ func (s *Shim) bootOnce(ctx context.Context, sandbox *guestapi.SetUpSandboxReque
 		begin := time.Now()
 		s.watchClock(a, looks.C, func() hostTime { return hostClock(begin) })
 	})
+	s.tasks.Go(func() {
+		looks := time.NewTicker(time.Duration(s.cfg.Timeouts.Idle) / idleLooks)
+		defer looks.Stop()
+		s.watchIdle(a, m, looks.C)
+	})
 	return nil
 }
 

@@ -113,6 +113,9 @@ type Timeouts struct {
 	// Kill is how long a container may outlive SIGKILL before its VM is killed
 	// (T12), and the VM the agent's Shutdown. Default 2 s.
 	Kill Duration `json:"kill,omitempty"`
+	// Idle is how long a pod's containers have to do nothing before the pod's spare
+	// memory is given back to the host. Default 60 s.
+	Idle Duration `json:"idle,omitempty"`
 }
 
 // ReadConfig reads podDir's configuration and checks it.

@@ -37,6 +37,7 @@ func (t Timeouts) withDefaults() Timeouts {
 	def(&t.Boot, 120*time.Second)
 	def(&t.Agent, 10*time.Second)
 	def(&t.Kill, 2*time.Second)
+	def(&t.Idle, 60*time.Second)
 	return t
 }
 

@@ -154,6 +154,16 @@ type CPUPinner interface {
 	PinCPUs(ctx context.Context, cpus []int) error
 }
 
+// MemorySetter is a [Machine] with a balloon, for a driver whose host doesn't learn
+// by itself what a guest has freed.
+type MemorySetter interface {
+	// SetMemory asks the guest to make do with so many bytes of what it has, from
+	// the number of [Config] downwards, and gives what it lets go of to the host. It
+	// returns before the guest has done so, which it may also not do. A guest that
+	// has run out of what it was left with kills processes.
+	SetMemory(ctx context.Context, bytes int64) error
+}
+
 // ShareSetter is a [Machine] whose shares with Dirs can change.
 type ShareSetter interface {
 	// SetShare replaces the directories of the share tag while the machine runs.

@@ -98,8 +98,8 @@ func addEntropy(cfg *vz.VirtualMachineConfiguration) error {
 	return nil
 }
 
-// The framework's balloon has no free page reporting, and macOS gets no page back
-// that a guest has freed.
+// The framework's balloon has no free page reporting: macOS gets back what it is told
+// to take (SetMemory), and no page that a guest has merely freed.
 func addBalloon(cfg *vz.VirtualMachineConfiguration) error {
 	d, err := vz.NewVirtioTraditionalMemoryBalloonDeviceConfiguration()
 	if err != nil {

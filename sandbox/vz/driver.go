@@ -111,7 +111,7 @@ func validate(c vmm.Config) error {
 
 // New implements vmm.Driver.
 func (driver) New(_ context.Context, c vmm.Config) (vmm.Machine, error) {
-	m := &machine{config: c, done: make(chan struct{}), killed: make(chan struct{}), settingShare: make(chan struct{}, 1), conns: map[*conn]bool{}}
+	m := &machine{config: c, done: make(chan struct{}), killed: make(chan struct{}), changing: make(chan struct{}, 1), conns: map[*conn]bool{}}
 	for _, n := range c.NICs {
 		for _, f := range []*os.File{n.Tap, n.Frames} {
 			if f != nil {

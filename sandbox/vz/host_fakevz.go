@@ -14,3 +14,5 @@ func canSetShare() error { return vz.TestCanSetShare }
 func setShare(vm *vz.VirtualMachine, tag string, share vz.DirectoryShare) error {
 	return vz.TestSetShare(vm, tag, share)
 }
+
+func setMemory(vm *vz.VirtualMachine, bytes int64) error { return vz.TestSetMemory(vm, bytes) }

@@ -41,10 +41,10 @@ type machine struct {
 	config   vmm.Config
 	vzConfig *vz.VirtualMachineConfiguration
 
-	done         chan struct{}  // closed when the VM has ended
-	killed       chan struct{}  // closed when it has to
-	settingShare chan struct{}  // a semaphore of one
-	owner        sync.WaitGroup // of run, and of watchNICs
+	done     chan struct{}  // closed when the VM has ended
+	killed   chan struct{}  // closed when it has to
+	changing chan struct{}  // a semaphore of one
+	owner    sync.WaitGroup // of run, and of watchNICs
 
 	mu      sync.Mutex
 	files   []*os.File // what the framework uses; T50: it has no descriptors of its own
@@ -62,7 +62,10 @@ type machine struct {
 	closeErr  error
 }
 
-var _ vmm.ShareSetter = (*machine)(nil)
+var (
+	_ vmm.ShareSetter  = (*machine)(nil)
+	_ vmm.MemorySetter = (*machine)(nil)
+)
 
 // Start implements vmm.Machine.
 func (m *machine) Start(ctx context.Context) error {
@@ -336,27 +339,43 @@ func (m *machine) setShare(ctx context.Context, tag string, dirs map[string]vmm.
 	if err := vmm.CheckDirs(dirs); err != nil {
 		return err
 	}
+	return m.change(ctx, func(vm *vz.VirtualMachine) error {
+		share, err := multipleShare(dirs)
+		if err != nil {
+			return err
+		}
+		return setShare(vm, tag, share)
+	})
+}
+
+// SetMemory implements vmm.MemorySetter. The framework gives macOS the pages that the
+// balloon takes; those that the guest frees it keeps.
+func (m *machine) SetMemory(ctx context.Context, bytes int64) error {
+	err := m.change(ctx, func(vm *vz.VirtualMachine) error { return setMemory(vm, bytes) })
+	if err != nil {
+		return fmt.Errorf("machine %s: balloon: %w", m.config.ID, err)
+	}
+	return nil
+}
+
+// change has f change the machine while it runs. One after the other, in the callers'
+// order: the last change counts. It takes the machine's own queue, which may be busy.
+func (m *machine) change(ctx context.Context, f func(*vz.VirtualMachine) error) error {
 	m.mu.Lock()
 	vm, running, over := m.vm, !m.running.IsZero(), m.ended
 	m.mu.Unlock()
 	if !running || over {
 		return fmt.Errorf("it doesn't run: %w", errdefs.ErrFailedPrecondition)
 	}
-	share, err := multipleShare(dirs)
-	if err != nil {
-		return classify(err)
-	}
-	// One after the other, in the callers' order: the last set counts. It takes the
-	// machine's own queue, which may be busy.
 	select {
-	case m.settingShare <- struct{}{}:
+	case m.changing <- struct{}{}:
 	case <-ctx.Done():
 		return fmt.Errorf("wait for another change: %w", ctx.Err())
 	}
 	result := make(chan error, 1)
 	go func() {
-		defer func() { <-m.settingShare }()
-		result <- setShare(vm, tag, share)
+		defer func() { <-m.changing }()
+		result <- f(vm)
 	}()
 	select {
 	case err := <-result:

@@ -451,16 +451,22 @@ func TestRunningMachine(t *testing.T) {
 		if err := m.SetShare(t.Context(), "several", map[string]vmm.SharedDir{"x": {Dir: t.TempDir()}}); !errdefs.IsFailedPrecondition(err) {
 			t.Errorf("SetShare: %v", err)
 		}
-		m.settingShare <- struct{}{} // somebody else's change hangs
+		m.changing <- struct{}{} // somebody else's change hangs
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 		defer cancel()
 		if err := m.SetShare(ctx, "several", nil); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("SetShare behind another: %v", err)
 		}
-		<-m.settingShare
+		<-m.changing
 		fail(t, "SetShare", errors.New("as planned"))
 		if err := m.SetShare(t.Context(), "several", nil); err == nil || !strings.Contains(err.Error(), "as planned") {
 			t.Errorf("SetShare: %v", err)
+		}
+	})
+	t.Run("balloon", func(t *testing.T) {
+		fail(t, "SetMemory", errors.New("as planned"))
+		if err := m.SetMemory(t.Context(), 128<<20); err == nil || !strings.Contains(err.Error(), "balloon: as planned") {
+			t.Errorf("SetMemory: %v", err)
 		}
 	})
 	t.Run("a machine that won't stop", func(t *testing.T) {

@@ -60,13 +60,15 @@ var onQueue = sync.OnceValues(func() (func(queue uintptr, f func()), error) {
 })
 
 // selectors are what the run-time library knows the methods by.
-var selectors = sync.OnceValue(func() (s struct{ devices, count, objectAtIndex, tag, utf8, setShare objc.SEL }) {
+var selectors = sync.OnceValue(func() (s struct{ devices, balloons, count, objectAtIndex, tag, utf8, setShare, setMemory objc.SEL }) {
 	s.devices = objc.RegisterName("directorySharingDevices")
+	s.balloons = objc.RegisterName("memoryBalloonDevices")
 	s.count = objc.RegisterName("count")
 	s.objectAtIndex = objc.RegisterName("objectAtIndex:")
 	s.tag = objc.RegisterName("tag")
 	s.utf8 = objc.RegisterName("UTF8String")
 	s.setShare = objc.RegisterName("setShare:")
+	s.setMemory = objc.RegisterName("setTargetVirtualMachineMemorySize:")
 	return s
 })
 
@@ -98,5 +100,26 @@ func setShare(vm *vz.VirtualMachine, tag string, share vz.DirectoryShare) error 
 	// Their finalizers release the objects.
 	runtime.KeepAlive(vm)
 	runtime.KeepAlive(share)
+	return err
+}
+
+// setMemory sets the target of the running machine's balloon. vz can do that too, with
+// devices that it releases once too often.
+func setMemory(vm *vz.VirtualMachine, bytes int64) error {
+	call, err := onQueue()
+	if err != nil {
+		return err
+	}
+	s := selectors()
+	machine := objcObject(vm)
+	err = fmt.Errorf("the machine has no balloon: %w", errdefs.ErrNotFound)
+	call(dispatchQueue(vm), func() {
+		devices := machine.Send(s.balloons)
+		if objc.Send[uint](devices, s.count) > 0 {
+			objc.Send[objc.ID](devices, s.objectAtIndex, uint(0)).Send(s.setMemory, uint64(bytes))
+			err = nil
+		}
+	})
+	runtime.KeepAlive(vm)
 	return err
 }

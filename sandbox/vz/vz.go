@@ -24,7 +24,7 @@
 // it has handed over until the machine is gone; a connection has no CloseWrite; an
 // error comes with a typed nil (Dial); Connect has no context and may never return
 // (Dial); Accept never returns after Close, so nothing listens on the host; asking
-// for the balloon devices releases them once too often, so nobody asks; disks need
+// for the balloon devices releases them once too often, so setMemory asks by itself; disks need
 // caching mode Cached, the automatic one has corrupted disks on Apple silicon; asking
 // for the disconnections of NICs keeps a machine for ever, so only one whose guest
 // answered is asked (adopt); an MTU below 1500 is refused without a reason (Validate);

@@ -26,7 +26,7 @@ type guest struct {
 	shares []*shareDevice
 	qemu   *process
 	relays []*relay
-	qmp    io.Writer
+	qmp    io.Writer     // QEMU's standard input
 	gone   chan struct{} // closed when nothing of it is left
 	err    error
 
@@ -199,6 +199,12 @@ func running(in io.Writer, out io.Reader) error {
 		}
 	}
 	return errors.New("QEMU didn't start")
+}
+
+// setMemory inflates the balloon, or lets air out, and doesn't wait for the guest.
+func (g *guest) setMemory(bytes int64) error {
+	_, err := fmt.Fprintf(g.qmp, `{"execute":"balloon","arguments":{"value":%d}}`, bytes)
+	return err
 }
 
 func (g *guest) kill() {

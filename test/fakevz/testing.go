@@ -78,6 +78,18 @@ func TestSetShare(vm *VirtualMachine, tag string, share DirectoryShare) error {
 	return vm.setShare(tag, share)
 }
 
+// TestSetMemory is what Objective-C does on a Mac: it sets the target of a running
+// machine's balloon.
+func TestSetMemory(vm *VirtualMachine, bytes int64) error {
+	if err := called("SetMemory", 11); err != nil {
+		return err
+	}
+	vm.mu.Lock()
+	g := vm.guest
+	vm.mu.Unlock()
+	return g.setMemory(bytes)
+}
+
 // TestDisconnect cuts off a NIC of a running machine.
 func TestDisconnect(vm *VirtualMachine, err error) {
 	vm.lost.In() <- &DisconnectedError{Err: err}

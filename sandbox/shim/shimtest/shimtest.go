@@ -92,6 +92,8 @@ type Machine struct {
 	tasks  sync.WaitGroup
 	// Clock is what SetClock has set last, unix nanoseconds.
 	Clock atomic.Int64
+	// OnMemory, if not nil, answers Memory.
+	OnMemory func(*guestapi.MemoryRequest) *guestapi.MemoryResponse
 
 	once sync.Once
 	done chan struct{}
@@ -526,6 +528,14 @@ func (m *Machine) SetClock(ctx context.Context, r *guestapi.SetClockRequest) (*g
 	}
 	m.Clock.Store(r.GetUnixNanos())
 	return &guestapi.SetClockResponse{}, nil
+}
+
+// Memory implements guest/api.
+func (m *Machine) Memory(ctx context.Context, r *guestapi.MemoryRequest) (*guestapi.MemoryResponse, error) {
+	if err := m.answer(ctx); err != nil || m.OnMemory == nil {
+		return &guestapi.MemoryResponse{}, err
+	}
+	return m.OnMemory(r), nil
 }
 
 // Shutdown implements guest/api.

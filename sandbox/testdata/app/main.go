@@ -78,6 +78,28 @@ func main() {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
+	case "cache": // fills the page cache with so many MiB of a file, and sleeps
+		n, _ := strconv.Atoi(arg(2))
+		f, err := os.Create("/cached")
+		for i := 0; i < n && err == nil; i++ {
+			_, err = f.Write(make([]byte, 1<<20))
+		}
+		if err == nil {
+			err = f.Sync()
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		fmt.Println("cached")
+		time.Sleep(time.Hour)
+	case "use": // so many MiB of memory
+		n, _ := strconv.Atoi(arg(2))
+		b := make([]byte, n<<20)
+		for i := 0; i < len(b); i += 4096 {
+			b[i] = 1
+		}
+		fmt.Println("used")
 	case "poweroff": // needs CAP_SYS_BOOT in the guest's own pid namespace
 		_ = syscall.Reboot(syscall.LINUX_REBOOT_CMD_POWER_OFF)
 		fmt.Fprintln(os.Stderr, "still here")

@@ -635,6 +635,9 @@ func (s *suite) life(t *testing.T) {
 			guest.expect(t, fmt.Sprintf("%s/%d", c.NICs[0].MAC, c.NICs[0].MTU), "nics")
 		})
 	}
+	if setter, ok := m.Machine.(vmm.MemorySetter); ok {
+		t.Run("balloon", func(t *testing.T) { setMemory(t, setter, c.MemoryBytes, guest) })
+	}
 	t.Run("console", func(t *testing.T) {
 		const lines = 500
 		guest.do(t, "console %d to the console", lines)
@@ -654,6 +657,33 @@ func (s *suite) life(t *testing.T) {
 			t.Errorf("Err: %v", err)
 		}
 	})
+}
+
+// setMemory takes a third of the guest's memory and gives it back.
+func setMemory(t *testing.T, setter vmm.MemorySetter, all int64, guest *client) {
+	total := func() (mib int64) {
+		var arch string
+		var cpus int
+		if _, err := fmt.Sscan(guest.do(t, "machine"), &arch, &cpus, &mib); err != nil {
+			t.Fatal(err)
+		}
+		return mib
+	}
+	before := total()
+	for _, step := range []struct{ target, want int64 }{{all - all/3, before - all/3>>20}, {all, before}} {
+		if err := setter.SetMemory(t.Context(), step.target); err != nil {
+			t.Fatal(err)
+		}
+		var got int64
+		for end := time.Now().Add(soon); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+			if got = total(); max(got, step.want)-min(got, step.want) <= 2 {
+				break
+			}
+		}
+		if max(got, step.want)-min(got, step.want) > 2 {
+			t.Errorf("told to make do with %d MiB, a guest that had %d MiB for programs has %d, want %d", step.target>>20, before, got, step.want)
+		}
+	}
 }
 
 // liveShare adds a share whose directories change, and returns the test to run after
