@@ -70,7 +70,7 @@ the kubelet and crictl speak (CRI v1).
 
 Start the daemon, then run an image as "docker save" writes it:
 
-  cri-vz guest build                       # once: kernel and initramfs of the VMs
+  cri-vz guest build --agent FILE          # once: kernel and initramfs of the VMs
   cri-vz serve &
   cri-vz run app.tar.gz -p 3000:3000       # Ctrl-C stops and removes it
 

@@ -56,7 +56,7 @@ vmlinux) or a Debian kernel package with --kernel.`,
 		},
 	}
 	cmd.Flags().StringVar(&o.Arch, "arch", runtime.GOARCH, "the guest's architecture: amd64 or arm64")
-	cmd.Flags().StringVar(&o.Agent, "agent", "", "the agent's binary (made by `make agent`)")
+	cmd.Flags().StringVar(&o.Agent, "agent", "", "the agent's binary, a `FILE` that \"make agent\" makes")
 	cmd.Flags().StringVar(&o.Kernel, "kernel", "", "a kernel file or a linux-image package instead of the distribution's current one")
 	cmd.Flags().BoolVar(&o.Refresh, "refresh", false, "fetch the distribution's current kernel also if there is one already")
 	_ = cmd.MarkFlagRequired("agent")

@@ -42,7 +42,7 @@ The daemon says "ready" on standard error, and to systemd if that started it.`,
 			return serve(cmd.Context(), c)
 		},
 	}
-	cmd.Flags().StringVar(&file, "config", "", "configuration file (TOML; `cri-vz config default` prints one)")
+	cmd.Flags().StringVar(&file, "config", "", "configuration `FILE` (TOML; \"cri-vz config default\" prints one)")
 	cmd.Flags().StringVar(&flags.Root, "root", "", "where images and pods are kept")
 	cmd.Flags().StringVar(&flags.Run, "run", "", "where sockets are kept")
 	cmd.Flags().StringVar(&flags.Listen, "listen", "", "the CRI socket, unix://PATH")
