@@ -178,8 +178,14 @@ func (p *Pod) update(state *shimapi.PodState) {
 	close(p.changed)
 	p.changed = make(chan struct{})
 	pr := p.progress
+	// A sandbox has stopped after its containers, also for who follows events. Of
+	// one whose end the shim doesn't tell, shimLost does.
+	ended := state.GetVm() == shimapi.VM_GONE
+	for _, c := range p.ctrs {
+		ended = ended && c.state.GetPhase() != shimapi.Phase_RUNNING
+	}
 	p.mu.Unlock()
-	if state.GetVm() == shimapi.VM_GONE {
+	if ended {
 		p.emitStopped()
 	}
 	if pr != nil {
