@@ -282,8 +282,8 @@ var messages = []message{
 	{name: "NetworkConfig", refused: []refusal{{field: "pod_cidr: not a CIDR, or several with commas between", reason: "no address family's"}}, accepted: []meaning{{"pod_cidr", "none: CNI's configuration decides, else `network.builtin_subnet`"}}},
 	{name: "StatusRequest", honoured: "verbose"},
 	{name: "UpdatePodSandboxResourcesRequest", honoured: "pod_sandbox_id", accepted: []meaning{
-		{"resources", "what needs a larger VM is `ResourceExhausted`, because a VM keeps its size; the rest is on record"},
-		{"overhead", "likewise"},
+		{"resources", "limits of all the pod's containers together, in the guest; what needs a larger VM is `ResourceExhausted`, because a VM keeps its size"},
+		{"overhead", "on record; what needs a larger VM is `ResourceExhausted`"},
 	}},
 	{name: "ListImagesRequest", honoured: "filter"},
 	{name: "ImageFilter", honoured: "image"},

@@ -31,7 +31,7 @@ func (s *Server) UpdateContainerResources(ctx context.Context, req *runtimeapi.U
 		return nil, fmt.Errorf("container %s has ended: %w", c.ID(), errdefs.ErrFailedPrecondition)
 	}
 	err = c.UpdateResources(ctx, func(now *runtimeapi.LinuxContainerResources) (*sandbox.Update, error) {
-		return planUpdate(now, req.GetLinux())
+		return planUpdate("linux", now, req.GetLinux())
 	})
 	if err != nil {
 		return nil, err
@@ -39,10 +39,10 @@ func (s *Server) UpdateContainerResources(ctx context.Context, req *runtimeapi.U
 	return &runtimeapi.UpdateContainerResourcesResponse{}, nil
 }
 
-// planUpdate works out a change of limits.
-func planUpdate(now, change *runtimeapi.LinuxContainerResources) (*sandbox.Update, error) {
+// planUpdate works out a change of limits; at names the request's field.
+func planUpdate(at string, now, change *runtimeapi.LinuxContainerResources) (*sandbox.Update, error) {
 	next := mergeResources(now, change)
-	if err := checkResources("linux", next); err != nil {
+	if err := checkResources(at, next); err != nil {
 		return nil, err
 	}
 	u := &sandbox.Update{Resources: next, Guest: &specs.LinuxResources{Unified: change.GetUnified()}}

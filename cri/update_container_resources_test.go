@@ -33,7 +33,7 @@ func TestPlanUpdate(t *testing.T) {
 		{"one file", &R{Unified: map[string]string{"memory.low": "9"}}, with(func(r *R) { r.Unified["memory.low"] = "9" }), false, false, false, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			u, err := planUpdate(now, tt.change)
+			u, err := planUpdate("linux", now, tt.change)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -48,10 +48,10 @@ func TestPlanUpdate(t *testing.T) {
 			}
 		})
 	}
-	if _, err := planUpdate(now, &R{MemorySwapLimitInBytes: 50 << 20}); !errdefs.IsInvalidArgument(err) {
+	if _, err := planUpdate("linux", now, &R{MemorySwapLimitInBytes: 50 << 20}); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("swap below the memory limit that holds: %v", err)
 	}
-	if u, err := planUpdate(nil, &R{CpuShares: 5}); err != nil || u.Resources.GetCpuShares() != 5 {
+	if u, err := planUpdate("linux", nil, &R{CpuShares: 5}); err != nil || u.Resources.GetCpuShares() != 5 {
 		t.Errorf("a container without resources: %v, %v", u, err)
 	}
 }

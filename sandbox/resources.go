@@ -16,13 +16,13 @@ import (
 	guestapi "github.com/cri-vz/cri-vz/guest/api"
 )
 
-// Update is a change of a container's limits that was worked out.
+// Update is a change of a container's or a pod's limits that was worked out.
 type Update struct {
-	// Resources are the container's once the update is done.
+	// Resources are the limits once the update is done.
 	Resources *runtimeapi.LinuxContainerResources
 	// Guest is what the guest carries out; zero fields stay as they are there.
 	Guest *specs.LinuxResources
-	// OOMScoreAdj, if not nil, is the new one of the container's processes.
+	// OOMScoreAdj, if not nil, is the new one of the container's processes; a pod has none.
 	OOMScoreAdj *int32
 }
 
@@ -148,26 +148,38 @@ func (p *Pod) resourcesLocked() (resources, overhead *runtimeapi.LinuxContainerR
 	return resources, overhead
 }
 
-// UpdateResources replaces the pod's resources; nil stays as it is. What needs a
-// larger VM is errdefs.ErrResourceExhausted and changes nothing (T4).
-func (p *Pod) UpdateResources(ctx context.Context, resources, overhead *runtimeapi.LinuxContainerResources) error {
+// UpdateResources changes the limits of all the pod's containers together, in the
+// guest and on record, and replaces the overhead on record; nil stays as it is. What
+// needs a larger VM is errdefs.ErrResourceExhausted and changes nothing (T4).
+func (p *Pod) UpdateResources(ctx context.Context, u *Update, overhead *runtimeapi.LinuxContainerResources) error {
 	release, err := p.acquire(ctx, "update")
 	if err != nil {
 		return err
 	}
 	defer release()
-	if _, err := p.shimClient(); err != nil {
+	client, err := p.shimClient()
+	if err != nil {
 		return err
 	}
 	wasResources, wasOverhead := p.Resources()
-	if resources == nil {
-		resources = wasResources
+	resources := wasResources
+	if u != nil {
+		resources = u.Resources
 	}
 	if overhead == nil {
 		overhead = wasOverhead
 	}
 	if err := p.holds(sum(wasResources, wasOverhead), sum(resources, overhead)); err != nil {
 		return fmt.Errorf("update pod %s: %w", p.id, err)
+	}
+	if u != nil {
+		b, err := json.Marshal(u.Guest)
+		if err == nil {
+			_, err = ask(ctx, client.UpdateContainer, &guestapi.UpdateContainerRequest{Resources: b})
+		}
+		if err != nil {
+			return fmt.Errorf("update pod %s: %w", p.id, err)
+		}
 	}
 	p.mu.Lock()
 	p.rec.resources, p.rec.Resources = proto.CloneOf(resources), nil

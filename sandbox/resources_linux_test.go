@@ -29,11 +29,11 @@ func TestUpdateResources(t *testing.T) {
 	if err := c.UpdateResources(t.Context(), to(&runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 1<<20 + 1})); !errdefs.IsResourceExhausted(err) {
 		t.Errorf("more memory than the VM has: %v", err)
 	}
-	if err := p.UpdateResources(t.Context(), &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 1 << 21}, nil); !errdefs.IsResourceExhausted(err) {
+	if err := p.UpdateResources(t.Context(), &Update{Resources: &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 1 << 21}}, nil); !errdefs.IsResourceExhausted(err) {
 		t.Errorf("a larger VM: %v", err)
 	}
 	pod := &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 1 << 20, CpuShares: 7}
-	if err := p.UpdateResources(t.Context(), pod, nil); err != nil {
+	if err := p.UpdateResources(t.Context(), &Update{Resources: pod, Guest: &specs.LinuxResources{}}, nil); err != nil {
 		t.Error(err)
 	}
 	check := func(c *Container) {

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strconv"
 
 	"github.com/cri-vz/cri-vz/guest/api"
@@ -16,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// UpdateContainer changes limits, all or none (T28).
+// UpdateContainer changes limits of a container or of the pod, all or none (T28).
 func (a *Agent) UpdateContainer(ctx context.Context, r *api.UpdateContainerRequest) (*api.UpdateContainerResponse, error) {
 	var resources specs.LinuxResources
 	if err := json.Unmarshal(r.Resources, &resources); err != nil {
@@ -25,6 +26,16 @@ func (a *Agent) UpdateContainer(ctx context.Context, r *api.UpdateContainerReque
 	if adj := r.GetOomScoreAdj(); adj < -1000 || adj > 1000 {
 		return nil, invalidf("update container %q: oom_score_adj %d is not within -1000..1000", r.Id, adj)
 	}
+	if r.Id == "" {
+		err := a.require(ctx) // the boot makes the pod's cgroup
+		if err == nil {
+			err = cgroup(filepath.Join(a.paths.cgroup, "pod")).update(&resources)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("update pod: %w", err)
+		}
+		return &api.UpdateContainerResponse{}, nil
+	}
 	c, err := a.container(r.Id)
 	if err != nil {
 		return nil, err
@@ -32,13 +43,7 @@ func (a *Agent) UpdateContainer(ctx context.Context, r *api.UpdateContainerReque
 	if err := c.awaitUpdatable(ctx); err != nil {
 		return nil, fmt.Errorf("update container %q: %w", r.Id, err)
 	}
-	set, err := settings(&resources)
-	if err == nil {
-		err = c.cgroup.checkMemory(resources.Memory)
-	}
-	if err == nil {
-		err = c.cgroup.apply(set)
-	}
+	err = c.cgroup.update(&resources)
 	if err == nil && r.OomScoreAdj != nil {
 		err = c.adjustOOMScore(int(*r.OomScoreAdj))
 	}
@@ -46,6 +51,18 @@ func (a *Agent) UpdateContainer(ctx context.Context, r *api.UpdateContainerReque
 		return nil, fmt.Errorf("update container %q: %w", r.Id, err)
 	}
 	return &api.UpdateContainerResponse{}, nil
+}
+
+// update changes the limits that r has, all or none.
+func (c cgroup) update(r *specs.LinuxResources) error {
+	set, err := settings(r)
+	if err != nil {
+		return err
+	}
+	if err := c.checkMemory(r.Memory); err != nil {
+		return err
+	}
+	return c.apply(set)
 }
 
 // awaitUpdatable waits until a container that is being started has its processes.
@@ -80,7 +97,7 @@ func (c cgroup) checkMemory(m *specs.LinuxMemory) error {
 	stat := c.flat("memory.stat")
 	used -= min(used, stat["file"]-min(stat["file"], stat["shmem"]))
 	if used > uint64(*m.Limit) {
-		return preconditionf("memory limit of %d bytes: the container uses %d bytes that can't be taken from it", *m.Limit, used)
+		return preconditionf("memory limit of %d bytes: %d bytes are used that can't be taken back", *m.Limit, used)
 	}
 	return nil
 }

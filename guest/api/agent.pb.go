@@ -1800,7 +1800,7 @@ func (*RemoveContainerResponse) Descriptor() ([]byte, []int) {
 
 type UpdateContainerRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // empty: the pod, for all its containers together
 	// resources are OCI LinuxResources JSON; zero fields stay as they are. With
 	// memory.checkBeforeUpdate a limit below what the container can't give up is
 	// refused: setting it would end the container.

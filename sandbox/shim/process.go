@@ -92,7 +92,13 @@ func (s *Shim) ResizePty(ctx context.Context, req *guestapi.ResizePtyRequest) (*
 
 // UpdateContainer implements shim/api.
 func (s *Shim) UpdateContainer(ctx context.Context, req *guestapi.UpdateContainerRequest) (*guestapi.UpdateContainerResponse, error) {
-	a, err := s.agentFor(req.GetId())
+	var a *agent
+	var err error
+	if req.GetId() == "" { // the pod
+		a, _, err = s.running()
+	} else {
+		a, err = s.agentFor(req.GetId())
+	}
 	if err != nil {
 		return nil, err
 	}

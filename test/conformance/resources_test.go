@@ -3,6 +3,8 @@
 package conformance_test
 
 import (
+	"fmt"
+	"strings"
 	"testing"
 
 	"google.golang.org/grpc/codes"
@@ -48,6 +50,32 @@ func TestUpdatePodSandboxResources(t *testing.T) {
 	if err := update(128 << 20); err != nil {
 		t.Error(err)
 	}
+	t.Run("it holds the containers together, as long as it is in force", func(t *testing.T) { // T28
+		if suite.daemon == nil {
+			t.Skip("others leave that to the node's cgroups")
+		}
+		p := newPod(t, podConfig("limited"))
+		id := p.Start(t, "idle", cri.Command("/bin/sleep", "infinity"))
+		update := func(memory int64) error {
+			_, err := p.UpdatePodSandboxResources(cri.Timeout(t, cri.CallTimeout), &runtimeapi.UpdatePodSandboxResourcesRequest{
+				PodSandboxId: p.ID, Resources: &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: memory},
+			})
+			return err
+		}
+		cri.WantError(t, update(4096), codes.FailedPrecondition, "can't be taken back")
+		for limit, holds := range map[int64]bool{48 << 20: false, 112 << 20: true} {
+			if err := update(limit); err != nil {
+				t.Fatal(err)
+			}
+			r := p.Run(t, fmt.Sprintf("eats-%d", limit), cri.Command("/bin/oom"))
+			if r.Code != 137 || strings.Contains(r.Stdout, "holding 64 MiB") != holds {
+				t.Errorf("with a limit of %d bytes: %+v", limit, r)
+			}
+		}
+		if r := p.Do(t, id, "/bin/echo", "alive"); r.Code != 0 {
+			t.Errorf("the pod's other container: %+v", r)
+		}
+	})
 	t.Run("what the pod's VM does not have is refused", func(t *testing.T) { // T4
 		if suite.daemon == nil {
 			t.Skip("a promise of pods with a size of their own")
