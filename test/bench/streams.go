@@ -130,7 +130,7 @@ func (n *node) streams(driver vmm.Driver, guest vmmtest.Guest, kind string) (err
 		table(name+" round trip, "+kind, ms(f.rtt), ratio(f.rtt, relayed.rtt), "device + TCP server")
 		for i, l := range loads {
 			table(name+" "+l.name+", "+kind, fmt.Sprintf("%.0f MB/s", f.mb[i]), quotient(f.mb[i], relayed.mb[i]),
-				fmt.Sprintf("device + TCP server%s; device alone: %s", goal, quotient(f.mb[i], device.mb[i])))
+				fmt.Sprintf("device + TCP server; device alone: %s%s", quotient(f.mb[i], device.mb[i]), goal))
 		}
 	}
 	print("vsock device", "", device)
