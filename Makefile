@@ -76,7 +76,6 @@ test-unit:
 	$(SUDO) hack/real-root env CGO_ENABLED=1 go test -race -timeout 10m $(UNIT_PACKAGES)
 
 test-vm:
-	hack/setup crictl
 	$(SUDO) hack/real-root hack/with-fakevz hack/test-vm -skip '^TestFirstRun[14]' -coverprofile bin/vz.cover ./sandbox/vz
 	go run ./hack/coverage -least 85 -list sandbox/vz/uncovered.txt bin/vz.cover
 	$(SUDO) hack/real-root hack/with-fakevz hack/test-vm -run OnVZ ./sandbox
