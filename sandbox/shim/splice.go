@@ -35,12 +35,11 @@ var (
 func splice(client net.Conn, guest net.Conn) {
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		if copyUntilVanished(guest, client, client) {
-			guest.Close()
-			return
+		if !copyUntilVanished(guest, client, client) {
+			// A connection that is closed with unread bytes breaks off at the client.
+			_, _ = io.Copy(io.Discard, onlyReader{client})
 		}
-		// A connection that is closed with unread bytes breaks off at the client.
-		_, _ = io.Copy(io.Discard, onlyReader{client})
+		guest.Close() // the client has ended, or the guest has long since
 	})
 	wg.Go(func() {
 		copyUntilVanished(client, guest, client)

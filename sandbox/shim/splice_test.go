@@ -69,3 +69,28 @@ func TestOutputOutlivesInput(t *testing.T) {
 		t.Error("the client has closed, and its connection is still served")
 	}
 }
+
+// A client that vanishes while the guest takes nothing and says nothing ends the
+// connection for the guest, too.
+func TestVanishedClientEndsTheGuestsStream(t *testing.T) {
+	client, ours := pair(t)
+	guest, theirs := pair(t)
+	done := make(chan struct{})
+	go func() { defer close(done); splice(ours, theirs) }()
+	_ = client.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	for block := make([]byte, 64<<10); ; {
+		if _, err := client.Write(block); err != nil {
+			break // everything on the way is full
+		}
+	}
+	client.Close()
+	select {
+	case <-done:
+	case <-time.After(3 * vanishCheck):
+		t.Fatal("the guest's side goes on")
+	}
+	_ = guest.SetReadDeadline(time.Now().Add(time.Second))
+	if _, err := io.Copy(io.Discard, guest); err != nil {
+		t.Errorf("the guest's connection: %v", err)
+	}
+}
