@@ -4,7 +4,6 @@ import (
 	"testing"
 	"time"
 
-	guestapi "github.com/cri-vz/cri-vz/guest/api"
 	shimapi "github.com/cri-vz/cri-vz/sandbox/shim/api"
 	"github.com/cri-vz/cri-vz/sandbox/shim/shimtest"
 	"github.com/cri-vz/cri-vz/sandbox/vmm"
@@ -54,17 +53,7 @@ func TestWatchClock(t *testing.T) {
 		t.Fatal(err)
 	}
 	m := vm.(*shimtest.Machine)
-	if err := m.Start(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	defer m.WaitTasks()
-	defer m.Die(nil)
-	conn, err := m.Dial(t.Context(), guestapi.PortControl)
-	if err != nil {
-		t.Fatal(err)
-	}
-	a := newAgent(conn, time.Second, func(string) {})
-	defer a.close()
+	a := agentOf(t, m, time.Second)
 
 	s := &Shim{gone: make(chan struct{}), changed: make(chan struct{}), vm: shimapi.VM_READY}
 	now := hostTime{wall: time.Unix(1_700_000_000, 0)}

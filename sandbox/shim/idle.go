@@ -34,12 +34,14 @@ func (s *Shim) watchIdle(a *agent, m vmm.Machine, looks <-chan time.Time) {
 	var used uint64 // CPU time, at the last look
 	var at time.Time
 	quiet, done := 0, false
+	inflated := false
 	for {
 		select {
 		case <-looks:
 		case <-s.gone:
 			return
 		}
+		inflated = inflated && !s.deflate(m)
 		mem, err := a.memory(false)
 		if errdefs.IsNotImplemented(err) {
 			return // a guest image of an earlier build
@@ -58,10 +60,22 @@ func (s *Shim) watchIdle(a *agent, m vmm.Machine, looks <-chan time.Time) {
 			continue
 		}
 		done = true
-		if err := reclaim(a, m, s.cfg.MemoryBytes, mem); err != nil {
+		if inflated, err = reclaim(a, m, s.cfg.MemoryBytes, mem); err != nil {
 			klog.ErrorS(err, "Giving an idle pod's memory back", "pod", s.cfg.ID)
 		}
+		inflated = inflated && !s.deflate(m)
 	}
+}
+
+// deflate lets the pod have all of its memory again, and tells whether it may.
+func (s *Shim) deflate(m vmm.Machine) bool {
+	ctx, cancel := context.WithTimeout(context.Background(), squeezeTime)
+	defer cancel()
+	err := m.(vmm.MemorySetter).SetMemory(ctx, s.cfg.MemoryBytes)
+	if err != nil {
+		klog.ErrorS(err, "An idle pod may lack the memory in its balloon until the next look", "pod", s.cfg.ID)
+	}
+	return err == nil
 }
 
 // memory asks the guest what it has to spare. An answer that is late is of no use.
@@ -72,36 +86,30 @@ func (a *agent) memory(drop bool) (*guestapi.MemoryResponse, error) {
 }
 
 // reclaim has the guest drop its caches. Where the host doesn't learn what is free
-// from then on, a balloon takes it for a moment.
-func reclaim(a *agent, m vmm.Machine, size int64, mem *guestapi.MemoryResponse) error {
+// from then on, a balloon takes it, until the caller deflates it: in any case after
+// inflated, also when that failed.
+func reclaim(a *agent, m vmm.Machine, size int64, mem *guestapi.MemoryResponse) (inflated bool, err error) {
 	setter, ok := m.(vmm.MemorySetter)
 	if cached := mem.AvailableBytes - min(mem.FreeBytes, mem.AvailableBytes); cached >= worthwhile {
-		var err error
 		if mem, err = a.memory(true); err != nil {
-			return err
+			return false, err
 		}
 	} else if !ok {
-		return nil
+		return false, nil
 	}
 	free := int64(min(mem.FreeBytes, uint64(size))) // a guest may say anything
 	take := free - max(leastFree, free/4)
 	take -= take % (1 << 20)
 	if !ok || take < worthwhile {
-		return nil
+		return false, nil
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), squeezeTime)
 	defer cancel()
-	err := setter.SetMemory(ctx, size-take)
-	if err == nil {
-		squeeze(ctx, a, mem, take)
+	if err := setter.SetMemory(ctx, size-take); err != nil {
+		return true, err // it may come through late
 	}
-	// Whatever happened: the pod may have all of its memory.
-	dctx, dcancel := context.WithTimeout(context.Background(), squeezeTime)
-	defer dcancel()
-	if derr := setter.SetMemory(dctx, size); derr != nil {
-		return derr
-	}
-	return err
+	squeeze(ctx, a, mem, take)
+	return true, nil
 }
 
 // squeeze waits until the balloon has taken what it was told to, the containers wake

@@ -28,6 +28,22 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
+// agentOf starts m and calls its agent, until the test ends.
+func agentOf(t *testing.T, m *shimtest.Machine, patience time.Duration) *agent {
+	t.Helper()
+	if err := m.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.Die(nil); m.WaitTasks() })
+	conn, err := m.Dial(t.Context(), guestapi.PortControl)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := newAgent(conn, patience, func(string) {})
+	t.Cleanup(a.close)
+	return a
+}
+
 // rig is a shim that serves in this process, and a client of it.
 type rig struct {
 	t      *testing.T
