@@ -4,6 +4,8 @@ import (
 	"context"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cri-vz/cri-vz/sandbox"
 )
 
 // UpdatePodSandboxResources implements the CRI call of that name. Its limits hold
@@ -19,13 +21,13 @@ func (s *Server) UpdatePodSandboxResources(ctx context.Context, req *runtimeapi.
 	if err != nil {
 		return nil, err
 	}
-	// As in an update of a container, zero is unchanged.
-	resources, overhead := pod.Resources()
-	u, err := planUpdate("resources", resources, req.GetResources())
+	type limits = *runtimeapi.LinuxContainerResources
+	err = pod.UpdateResources(ctx, func(resources, overhead limits) (*sandbox.Update, limits, error) {
+		// As in an update of a container, zero is unchanged.
+		u, err := planUpdate("resources", resources, req.GetResources())
+		return u, mergeResources(overhead, req.GetOverhead()), err
+	})
 	if err != nil {
-		return nil, err
-	}
-	if err := pod.UpdateResources(ctx, u, mergeResources(overhead, req.GetOverhead())); err != nil {
 		return nil, err
 	}
 	return &runtimeapi.UpdatePodSandboxResourcesResponse{}, nil

@@ -149,9 +149,10 @@ func (p *Pod) resourcesLocked() (resources, overhead *runtimeapi.LinuxContainerR
 }
 
 // UpdateResources changes the limits of all the pod's containers together, in the
-// guest and on record, and replaces the overhead on record; nil stays as it is. What
-// needs a larger VM is errdefs.ErrResourceExhausted and changes nothing (T4).
-func (p *Pod) UpdateResources(ctx context.Context, u *Update, overhead *runtimeapi.LinuxContainerResources) error {
+// guest and on record, and the overhead on record. work is called with those in force,
+// one call at a time. What needs a larger VM is errdefs.ErrResourceExhausted and
+// changes nothing (T4).
+func (p *Pod) UpdateResources(ctx context.Context, work func(resources, overhead *runtimeapi.LinuxContainerResources) (*Update, *runtimeapi.LinuxContainerResources, error)) error {
 	release, err := p.acquire(ctx, "update")
 	if err != nil {
 		return err
@@ -162,32 +163,27 @@ func (p *Pod) UpdateResources(ctx context.Context, u *Update, overhead *runtimea
 		return err
 	}
 	wasResources, wasOverhead := p.Resources()
-	resources := wasResources
-	if u != nil {
-		resources = u.Resources
-	}
-	if overhead == nil {
-		overhead = wasOverhead
-	}
-	if err := p.holds(sum(wasResources, wasOverhead), sum(resources, overhead)); err != nil {
+	u, overhead, err := work(wasResources, wasOverhead)
+	if err != nil {
 		return fmt.Errorf("update pod %s: %w", p.id, err)
 	}
-	if u != nil {
-		b, err := json.Marshal(u.Guest)
-		if err == nil {
-			_, err = ask(ctx, client.UpdateContainer, &guestapi.UpdateContainerRequest{Resources: b})
-		}
-		if err != nil {
-			return fmt.Errorf("update pod %s: %w", p.id, err)
-		}
+	if err := p.holds(sum(wasResources, wasOverhead), sum(u.Resources, overhead)); err != nil {
+		return fmt.Errorf("update pod %s: %w", p.id, err)
+	}
+	b, err := json.Marshal(u.Guest)
+	if err != nil {
+		return fmt.Errorf("update pod %s: %w", p.id, err)
+	}
+	if _, err := ask(ctx, client.UpdateContainer, &guestapi.UpdateContainerRequest{Resources: b}); err != nil {
+		return fmt.Errorf("update pod %s: %w", p.id, err)
 	}
 	p.mu.Lock()
-	p.rec.resources, p.rec.Resources = proto.CloneOf(resources), nil
+	p.rec.resources, p.rec.Resources = proto.CloneOf(u.Resources), nil
 	p.rec.overhead, p.rec.Overhead = proto.CloneOf(overhead), nil
 	rec := *p.rec
 	p.mu.Unlock()
 	if err := rec.write(p.dir); err != nil {
-		return fmt.Errorf("update pod %s: %w", p.id, err)
+		return fmt.Errorf("update pod %s: the new limits are in force, but not on record: %w", p.id, err)
 	}
 	return nil
 }

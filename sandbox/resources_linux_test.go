@@ -22,6 +22,11 @@ func TestUpdateResources(t *testing.T) {
 			return &Update{Resources: r, Guest: &specs.LinuxResources{}}, nil
 		}
 	}
+	podTo := func(r *runtimeapi.LinuxContainerResources) func(_, overhead *runtimeapi.LinuxContainerResources) (*Update, *runtimeapi.LinuxContainerResources, error) {
+		return func(_, overhead *runtimeapi.LinuxContainerResources) (*Update, *runtimeapi.LinuxContainerResources, error) {
+			return &Update{Resources: r, Guest: &specs.LinuxResources{}}, overhead, nil
+		}
+	}
 	next := &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 1 << 20, CpuShares: 100}
 	if err := c.UpdateResources(t.Context(), to(next)); err != nil {
 		t.Fatal(err)
@@ -29,11 +34,11 @@ func TestUpdateResources(t *testing.T) {
 	if err := c.UpdateResources(t.Context(), to(&runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 1<<20 + 1})); !errdefs.IsResourceExhausted(err) {
 		t.Errorf("more memory than the VM has: %v", err)
 	}
-	if err := p.UpdateResources(t.Context(), &Update{Resources: &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 1 << 21}}, nil); !errdefs.IsResourceExhausted(err) {
+	if err := p.UpdateResources(t.Context(), podTo(&runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 1 << 21})); !errdefs.IsResourceExhausted(err) {
 		t.Errorf("a larger VM: %v", err)
 	}
 	pod := &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 1 << 20, CpuShares: 7}
-	if err := p.UpdateResources(t.Context(), &Update{Resources: pod, Guest: &specs.LinuxResources{}}, nil); err != nil {
+	if err := p.UpdateResources(t.Context(), podTo(pod)); err != nil {
 		t.Error(err)
 	}
 	check := func(c *Container) {
