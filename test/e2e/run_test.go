@@ -119,6 +119,9 @@ func TestRun(t *testing.T) {
 	if got, err := n.cli("console", "app").Output(); err != nil || len(got) == 0 {
 		t.Errorf("console: %q, %v", got, err)
 	}
+	if got, err := n.cli("image", "list", "-o", "json").Output(); err != nil || !json.Valid(got) || strings.Contains(string(got), "null") {
+		t.Errorf("image list -o json: %s, %v", got, err)
+	}
 	if got, err := n.cli("image", "list").Output(); err != nil || !strings.Contains(string(got), "app") {
 		t.Errorf("image list: %q, %v", got, err)
 	}

@@ -157,7 +157,8 @@ func newImageList(c *client) *cobra.Command {
 			}
 			list, rows := []row{}, [][]string{}
 			for _, img := range r.GetImages() {
-				list = append(list, row{img.GetId(), img.GetRepoTags(), img.GetRepoDigests(), img.GetSize()})
+				// A program reads [] more easily than null.
+				list = append(list, row{img.GetId(), append([]string{}, img.GetRepoTags()...), append([]string{}, img.GetRepoDigests()...), img.GetSize()})
 				names := img.GetRepoTags()
 				if len(names) == 0 {
 					names = img.GetRepoDigests()
