@@ -3,6 +3,7 @@ package cri
 import (
 	"context"
 
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-vz/cri-vz/sandbox"
@@ -26,6 +27,10 @@ func (s *Server) ContainerStatus(_ context.Context, req *runtimeapi.ContainerSta
 
 func containerStatus(c *sandbox.Container) *runtimeapi.ContainerStatus {
 	st, cfg := c.Status(), c.Config()
+	image := proto.CloneOf(cfg.GetImage())
+	if image != nil {
+		image.Image = imageName(image)
+	}
 	status := &runtimeapi.ContainerStatus{
 		Id:          c.ID(),
 		Metadata:    cfg.GetMetadata(),
@@ -34,8 +39,8 @@ func containerStatus(c *sandbox.Container) *runtimeapi.ContainerStatus {
 		StartedAt:   st.StartedAt,
 		FinishedAt:  st.FinishedAt,
 		ExitCode:    st.ExitCode,
-		Image:       cfg.GetImage(),
-		ImageRef:    c.ImageID(),
+		Image:       image,
+		ImageRef:    c.ImageRef(),
 		ImageId:     c.ImageID(),
 		Reason:      st.Reason,
 		Message:     st.Message,

@@ -4,12 +4,16 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	guestapi "github.com/cri-vz/cri-vz/guest/api"
+	"github.com/cri-vz/cri-vz/imageservice"
 	"github.com/cri-vz/cri-vz/sandbox"
 	shimapi "github.com/cri-vz/cri-vz/sandbox/shim/api"
 )
@@ -51,6 +55,9 @@ func (s *Server) CreateContainer(ctx context.Context, req *runtimeapi.CreateCont
 	if err != nil {
 		return nil, err
 	}
+	if cfg, err = s.resolveImageMounts(cfg, t.spec.Mounts); err != nil {
+		return nil, err
+	}
 	if t.pidTarget != "" {
 		if t.pidTarget, err = s.pidTarget(pod, t.pidTarget); err != nil {
 			return nil, err
@@ -59,7 +66,7 @@ func (s *Server) CreateContainer(ctx context.Context, req *runtimeapi.CreateCont
 	c, err := pod.CreateContainer(ctx, sandbox.CreateContainer{
 		Config:   cfg,
 		ImageID:  img.ID,
-		ImageRef: img.ID,
+		ImageRef: digestedRef(img, cfg.GetImage()),
 		Spec:     t.spec,
 		User:     t.user,
 		Layers: func(dir string) ([]string, error) {
@@ -81,6 +88,59 @@ func (s *Server) CreateContainer(ctx context.Context, req *runtimeapi.CreateCont
 		return nil, err
 	}
 	return &runtimeapi.CreateContainerResponse{ContainerId: c.ID()}, nil
+}
+
+// imageName is the image's name as its user knows it. A kubelet asks for the id
+// that it got from PullImage, and gives the name besides.
+func imageName(spec *runtimeapi.ImageSpec) string {
+	if name, err := imageservice.NormalizeReference(spec.GetUserSpecifiedImage()); err == nil {
+		return name
+	}
+	return spec.GetImage()
+}
+
+// digestedRef is the name of an image's content in a registry, which the CRI calls
+// image_ref: in the repository that the user named, if the image came from there.
+// One that came from no registry has only its id.
+func digestedRef(img imageservice.Image, spec *runtimeapi.ImageSpec) string {
+	if len(img.RepoDigests) == 0 {
+		return img.ID
+	}
+	if name, err := imageservice.NormalizeReference(imageName(spec)); err == nil {
+		if slices.Contains(img.RepoDigests, name) {
+			return name
+		}
+		for _, d := range img.RepoDigests {
+			if repository, _, _ := strings.Cut(d, "@"); strings.HasPrefix(name, repository+":") {
+				return d
+			}
+		}
+	}
+	return img.RepoDigests[0]
+}
+
+// resolveImageMounts puts ids into the mounts that name images, and into a copy of
+// the config, for the container's status.
+func (s *Server) resolveImageMounts(cfg *runtimeapi.ContainerConfig, mounts []specs.Mount) (*runtimeapi.ContainerConfig, error) {
+	ids := map[string]string{}
+	for i := range mounts {
+		m := &mounts[i]
+		if m.Type != guestapi.ImageMount {
+			continue
+		}
+		img, err := s.Images.Resolve(m.Source)
+		if err != nil {
+			return nil, fmt.Errorf("mount at %s: %w", m.Destination, err)
+		}
+		ids[m.Source], m.Source = img.ID, img.ID
+	}
+	cfg = proto.CloneOf(cfg)
+	for _, m := range cfg.GetMounts() {
+		if m.GetImage() != nil {
+			m.Image.ImageRef = ids[m.Image.GetImage()]
+		}
+	}
+	return cfg, nil
 }
 
 // linkImageMounts makes the images that mounts name available in dir, from where

@@ -26,7 +26,7 @@ func (s *Server) ListContainers(_ context.Context, req *runtimeapi.ListContainer
 			PodSandboxId: c.Pod().ID(),
 			Metadata:     cfg.GetMetadata(),
 			Image:        cfg.GetImage(),
-			ImageRef:     c.ImageID(),
+			ImageRef:     c.ImageRef(),
 			ImageId:      c.ImageID(),
 			State:        state,
 			CreatedAt:    c.Status().CreatedAt,

@@ -101,11 +101,17 @@ func TestImage(t *testing.T) {
 			t.Errorf("%v, %v", r, err)
 		}
 	})
-	t.Run("its id is that of its containers", func(t *testing.T) {
+	t.Run("as a kubelet asks for it, its containers have its id, its name and its digest", func(t *testing.T) {
 		p := sharedPodOf(t)
-		ctr := p.Create(t, "of-an-image", cri.Image(id))
-		if st := p.Container(t, ctr); st.GetImageId() != id {
-			t.Errorf("image_id %s, want %s", st.GetImageId(), id)
+		ctr := p.Create(t, "of-an-image", func(c *runtimeapi.ContainerConfig) {
+			c.Image = &runtimeapi.ImageSpec{Image: id, UserSpecifiedImage: elsewhere}
+		})
+		st := p.Container(t, ctr)
+		if st.GetImageId() != id || !slices.Contains([]string{tag, again, elsewhere}, st.GetImage().GetImage()) || !slices.Contains([]string{digest, elsewhereDigest}, st.GetImageRef()) {
+			t.Errorf("image %v, image_ref %s, image_id %s", st.GetImage(), st.GetImageRef(), st.GetImageId())
+		}
+		if suite.daemon != nil && (st.GetImage().GetImage() != elsewhere || st.GetImageRef() != elsewhereDigest) {
+			t.Errorf("of another name than the user's: image %v, image_ref %s", st.GetImage(), st.GetImageRef())
 		}
 	})
 	t.Run("removed by one name, it is gone at once with all of them", func(t *testing.T) {

@@ -50,6 +50,11 @@ func TestImageVolumes(t *testing.T) {
 	if _, err := suite.Images.RemoveImage(cri.Timeout(t, cri.CallTimeout), &runtimeapi.RemoveImageRequest{Image: &runtimeapi.ImageSpec{Image: ref}}); err != nil {
 		t.Fatal(err)
 	}
+	for _, m := range p.Container(t, id).GetMounts() {
+		if want, err := img.ConfigName(); err != nil || m.GetImage().GetImageRef() != want.String() {
+			t.Errorf("the mount at %s is of %v, want image_ref %s, %v", m.GetContainerPath(), m.GetImage(), want, err)
+		}
+	}
 	if got := p.Output(t, id, "/bin/cat", "/whole/below", "/whole/same", "/whole/dir/file", "/part/file", "/one"); got != "below\nabove\ninside\ninside\ninside\n" {
 		t.Errorf("read %q", got)
 	}
