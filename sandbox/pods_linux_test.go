@@ -138,6 +138,50 @@ func TestCleanUpFails(t *testing.T) {
 	e.run("p")
 }
 
+// T10: what a daemon that starts can't undo is a pod that can be removed later,
+// without another start.
+func TestOpenCannotUndo(t *testing.T) {
+	for _, left := range []phase{creating, removing} {
+		t.Run(string(left), func(t *testing.T) {
+			e := newFakeEnv(t)
+			p := e.run("half")
+			e.close()
+			rec, err := readPodRecord(p.dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			rec.Phase, rec.Cgroups = left, nil // made, but not yet on record
+			if err := rec.write(p.dir); err != nil {
+				t.Fatal(err)
+			}
+			nw := e.o.Network.(*fakeNetwork)
+			set := func(err error) {
+				nw.mu.Lock()
+				nw.down = err
+				nw.mu.Unlock()
+			}
+			set(errors.New("CNI is broken"))
+			e.open()
+			pods := e.pods.List()
+			if len(pods) != 1 || pods[0].Status().Ready || !strings.Contains(pods[0].Status().Reason, "CNI is broken") {
+				t.Fatalf("pods %v", pods)
+			}
+			if _, err := e.pods.Run(t.Context(), podConfig("half"), ""); !errdefs.IsAlreadyExists(err) || !strings.Contains(err.Error(), p.ID()) {
+				t.Errorf("its name: %v", err)
+			}
+			if err := pods[0].Remove(t.Context()); err == nil {
+				t.Error("Remove succeeded while CNI was broken")
+			}
+			set(nil)
+			if err := pods[0].Remove(t.Context()); err != nil {
+				t.Error(err)
+			}
+			e.checkNothingLeft()
+			e.run("half")
+		})
+	}
+}
+
 func (e *env) checkNothingLeft() {
 	e.t.Helper()
 	for _, dir := range []string{filepath.Join(e.o.Root, "pods"), e.o.Run} {

@@ -62,7 +62,8 @@ func (p *Pods) recoverPod(ctx context.Context, pod *Pod) {
 	switch pod.rec.Phase {
 	case creating, removing:
 		if err := p.undoPod(ctx, pod); err != nil {
-			klog.ErrorS(err, "Undoing a half-made pod failed, the next start tries again", "pod", pod.id)
+			klog.ErrorS(err, "Undoing a half-made pod failed, removing it or the next start tries again", "pod", pod.id)
+			p.keepHalf(pod, err)
 			return
 		}
 		p.forgetName(pod)
@@ -93,6 +94,19 @@ func (p *Pods) recoverPod(ctx context.Context, pod *Pod) {
 		p.containers[c.id] = c
 		p.ctrNames[containerKey(pod.id, c.rec.config.GetMetadata())] = c.id
 	}
+}
+
+// keepHalf shows a pod that could not be undone to whoever lists pods, as one that
+// isn't ready: its name is taken until it is removed, which tries all of it again.
+func (p *Pods) keepHalf(pod *Pod, why error) {
+	if pod.rec.config == nil {
+		return // nobody could name it
+	}
+	pod.rec.Phase = creating
+	pod.reason = "an earlier daemon left it half made or half removed, and undoing that failed: " + why.Error()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.pods[pod.id] = pod
 }
 
 // reconnect finds the pod's shim, or takes over from it.
@@ -165,6 +179,7 @@ func (p *Pods) undoPod(ctx context.Context, pod *Pod) error {
 		if cgroups, err = makeCgroups(p.o.CgroupRoot, pod.rec.CgroupParent, pod.id); err != nil {
 			klog.ErrorS(err, "Finding a pod's cgroups", "pod", pod.id)
 		}
+		pod.rec.Cgroups = cgroups
 	}
 	if err := removeCgroups(ctx, cgroups); err != nil {
 		return err
