@@ -3,6 +3,7 @@ package sandbox
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -135,7 +136,10 @@ func (p *Pod) CreateContainer(ctx context.Context, cc CreateContainer) (_ *Conta
 			err = fmt.Errorf("create container %s: %w", meta.GetName(), err)
 		}
 	}()
-	if err := os.MkdirAll(c.dir, 0o700); err != nil {
+	if err := os.Mkdir(c.dir, 0o700); err != nil {
+		if errors.Is(err, os.ErrNotExist) {
+			err = fmt.Errorf("pod sandbox %s was removed meanwhile: %w", p.id, errdefs.ErrFailedPrecondition)
+		}
 		return nil, err
 	}
 	if err := c.rec.write(c.dir); err != nil {

@@ -182,6 +182,32 @@ func TestOpenCannotUndo(t *testing.T) {
 	}
 }
 
+// A pod that is removed while a container is made in it takes the container along.
+func TestRemoveWhileAContainerIsMade(t *testing.T) {
+	e := newFakeEnv(t)
+	p := e.run("p")
+	e.pods.mu.Lock() // the container's name and the pod's end wait for this
+	created, removed := make(chan error, 1), make(chan error, 1)
+	go func() {
+		_, err := p.CreateContainer(context.Background(), e.container("c", nil, "sleep"))
+		created <- err
+	}()
+	time.Sleep(50 * time.Millisecond) // it found the pod ready
+	go func() { removed <- p.Remove(context.Background()) }()
+	await(t, "the pod's files to go", 10*time.Second, func() bool {
+		_, err := os.Stat(p.dir)
+		return os.IsNotExist(err)
+	})
+	e.pods.mu.Unlock()
+	if err := <-created; !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("CreateContainer: %v", err)
+	}
+	if err := <-removed; err != nil {
+		t.Error(err)
+	}
+	e.checkNothingLeft()
+}
+
 func (e *env) checkNothingLeft() {
 	e.t.Helper()
 	for _, dir := range []string{filepath.Join(e.o.Root, "pods"), e.o.Run} {
