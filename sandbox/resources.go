@@ -51,7 +51,12 @@ func (c *Container) UpdateResources(ctx context.Context, work func(now *runtimea
 	case <-ctx.Done():
 		return fmt.Errorf("update container %s: waited for another call on it to end: %w", c.id, ctx.Err())
 	}
-	now := c.Resources()
+	c.pod.mu.Lock()
+	now, removed := c.resourcesLocked(), c.removed
+	c.pod.mu.Unlock()
+	if removed { // while this waited
+		return fmt.Errorf("update container %s: %w", c.id, errdefs.ErrNotFound)
+	}
 	u, err := work(now)
 	if err != nil {
 		return fmt.Errorf("update container %s: %w", c.id, err)

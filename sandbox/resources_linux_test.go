@@ -72,3 +72,23 @@ func TestUpdateResources(t *testing.T) {
 	}
 	check(again)
 }
+
+// A container that is removed asks for nothing of the host any more, whoever
+// waited to update it.
+func TestUpdateOfARemovedContainer(t *testing.T) {
+	e := newFakeEnv(t)
+	p := e.run("p")
+	c := e.create(p, "c", nil, "sleep")
+	if err := c.Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	err := c.UpdateResources(t.Context(), func(*runtimeapi.LinuxContainerResources) (*Update, error) {
+		return &Update{Resources: &runtimeapi.LinuxContainerResources{OomScoreAdj: -500}, Guest: &specs.LinuxResources{}}, nil
+	})
+	if !errdefs.IsNotFound(err) {
+		t.Error(err)
+	}
+	if len(p.host.asked) != 0 {
+		t.Errorf("it still asks for %v", p.host.asked)
+	}
+}
