@@ -319,9 +319,10 @@ func (c *Container) awaitStartError(ctx context.Context) {
 
 // Stop ends the container's process: its stop signal, the grace period, SIGKILL.
 // Past grace + 2 s the pod's VM is killed (T12), so Stop always stops. A
-// container that doesn't run is no error.
+// container that doesn't run is no error; one whose start is under way is waited
+// for as long.
 func (c *Container) Stop(ctx context.Context, grace time.Duration) error {
-	if c.last().GetPhase() != shimapi.Phase_RUNNING {
+	if c.last().GetPhase() == shimapi.Phase_EXITED {
 		return nil
 	}
 	client, err := c.pod.shimClient()

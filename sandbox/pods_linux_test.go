@@ -208,6 +208,31 @@ func TestRemoveWhileAContainerIsMade(t *testing.T) {
 	e.checkNothingLeft()
 }
 
+// A container whose start is under way, and was given up by its caller, is one that
+// Stop stops.
+func TestStopWhileItStarts(t *testing.T) {
+	e := newFakeEnv(t)
+	p := e.run("p")
+	c := e.create(p, "c", nil, "late")
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if err := c.Start(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("Start: %v", err)
+	}
+	if err := c.Stop(t.Context(), 5*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	if st := c.Status(); st.Phase != shimapi.Phase_EXITED || st.ExitCode != 7 {
+		t.Errorf("after Stop: %+v", st)
+	}
+	// One that nobody starts is not waited for, and can be started afterwards.
+	other := e.create(p, "other", nil, "sleep")
+	if err := other.Stop(t.Context(), time.Minute); err != nil {
+		t.Error(err)
+	}
+	e.start(other)
+}
+
 func (e *env) checkNothingLeft() {
 	e.t.Helper()
 	for _, dir := range []string{filepath.Join(e.o.Root, "pods"), e.o.Run} {

@@ -541,13 +541,23 @@ func (s *Shim) StopContainer(ctx context.Context, req *shimapi.StopContainerRequ
 	if err != nil {
 		return nil, err
 	}
+	kill := time.Duration(s.cfg.Timeouts.Kill)
+	if s.stateOf(c).GetPhase() == shimapi.Phase_CREATED {
+		// Its start may be under way, for a caller who gave up.
+		sctx, cancel := context.WithTimeout(ctx, max(time.Duration(req.GetGraceNanos()), 0)+kill)
+		release, err := acquire(sctx, c.token, "container "+c.id)
+		cancel()
+		if err != nil {
+			return nil, fmt.Errorf("container %s: stop: %w", c.id, err)
+		}
+		release()
+	}
 	if st := s.stateOf(c); st.GetPhase() != shimapi.Phase_RUNNING {
 		return st, nil
 	}
 	s.mu.Lock()
 	a := s.agent
 	s.mu.Unlock()
-	kill := time.Duration(s.cfg.Timeouts.Kill)
 	sig := req.GetSignal()
 	if sig == 0 {
 		sig = uint32(syscall.SIGTERM)

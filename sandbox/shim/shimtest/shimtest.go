@@ -354,7 +354,7 @@ func (p *proc) main(gone <-chan struct{}) int32 {
 			default:
 			}
 		}
-	case "sleep":
+	case "sleep", "late": // late takes its time to start
 		select {
 		case <-p.term:
 			return 7
@@ -447,6 +447,9 @@ func (m *Machine) StartContainer(ctx context.Context, r *guestapi.StartContainer
 	}
 	if p.arg(1) == "missing" {
 		return nil, status.Error(codes.NotFound, "exec: \"missing\": not found")
+	}
+	if p.arg(1) == "late" {
+		time.Sleep(300 * time.Millisecond)
 	}
 	m.tasks.Go(func() { p.run(m.done) })
 	return &guestapi.StartContainerResponse{Pid: 1}, nil
