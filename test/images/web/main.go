@@ -277,8 +277,8 @@ func udpEcho(args []string) (int, error) {
 
 // reread reads a file again and again until it holds END, and says how often it
 // changed, and whether it ever could not be read. What is gone is looked up
-// again, for a tenth of a second at most: between the steps of one lookup the file may
-// be swapped, on any system; the slower it is the more often.
+// again, for a tenth of a second and 50 times at most: between the steps of one lookup
+// the file may be swapped, on any system; the slower it is the more often.
 func reread(args []string) (int, error) {
 	if len(args) != 2 {
 		return 2, errUsage
@@ -288,8 +288,10 @@ func reread(args []string) (int, error) {
 	var first error
 	for deadline := time.Now().Add(time.Minute); ; {
 		b, err := os.ReadFile(args[0])
-		for began := time.Now(); errors.Is(err, fs.ErrNotExist) && time.Since(began) < 100*time.Millisecond; {
+		began, tries := time.Now(), 0
+		for errors.Is(err, fs.ErrNotExist) && (tries < 50 || time.Since(began) < 100*time.Millisecond) {
 			missed++
+			tries++
 			b, err = os.ReadFile(args[0])
 		}
 		if err != nil {
