@@ -1,6 +1,7 @@
 package cri
 
 import (
+	"cmp"
 	"slices"
 	"strings"
 
@@ -24,20 +25,23 @@ func (s *Server) GetContainerEvents(_ *runtimeapi.GetEventsRequest, stream runti
 }
 
 func containerEvent(ev sandbox.Event) *runtimeapi.ContainerEventResponse {
-	resp := &runtimeapi.ContainerEventResponse{
+	return &runtimeapi.ContainerEventResponse{
 		ContainerId:        ev.ID,
 		ContainerEventType: ev.Type,
 		CreatedAt:          ev.At,
 		PodSandboxStatus:   podSandboxStatus(ev.Pod, ev.Pod.Status()),
+		ContainersStatuses: containersStatuses(ev.Pod),
 	}
-	for _, c := range ev.Pod.Containers() {
-		resp.ContainersStatuses = append(resp.ContainersStatuses, containerStatus(c))
+}
+
+// containersStatuses are those of a pod's containers, the oldest first.
+func containersStatuses(pod *sandbox.Pod) []*runtimeapi.ContainerStatus {
+	var all []*runtimeapi.ContainerStatus
+	for _, c := range pod.Containers() {
+		all = append(all, containerStatus(c))
 	}
-	slices.SortFunc(resp.ContainersStatuses, func(a, b *runtimeapi.ContainerStatus) int {
-		if a.GetCreatedAt() != b.GetCreatedAt() {
-			return int(min(max(a.GetCreatedAt()-b.GetCreatedAt(), -1), 1))
-		}
-		return strings.Compare(a.GetId(), b.GetId())
+	slices.SortFunc(all, func(a, b *runtimeapi.ContainerStatus) int {
+		return cmp.Or(cmp.Compare(a.GetCreatedAt(), b.GetCreatedAt()), strings.Compare(a.GetId(), b.GetId()))
 	})
-	return resp
+	return all
 }

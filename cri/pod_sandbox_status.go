@@ -2,20 +2,26 @@ package cri
 
 import (
 	"context"
+	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-vz/cri-vz/sandbox"
 )
 
-// PodSandboxStatus implements the CRI call of that name.
+// PodSandboxStatus implements the CRI call of that name. A kubelet that follows
+// GetContainerEvents takes the containers' statuses from here, too, and goes by
+// the time to tell which of the two is newer.
 func (s *Server) PodSandboxStatus(_ context.Context, req *runtimeapi.PodSandboxStatusRequest) (*runtimeapi.PodSandboxStatusResponse, error) {
 	pod, err := s.Pods.Get(req.GetPodSandboxId())
 	if err != nil {
 		return nil, err
 	}
+	now := time.Now().UnixNano() // before what it is the time of
 	st := pod.Status()
-	resp := &runtimeapi.PodSandboxStatusResponse{Status: podSandboxStatus(pod, st)}
+	resp := &runtimeapi.PodSandboxStatusResponse{
+		Status: podSandboxStatus(pod, st), ContainersStatuses: containersStatuses(pod), Timestamp: now,
+	}
 	if req.GetVerbose() {
 		steps := make([]stepInfo, 0, len(st.Steps))
 		for _, step := range st.Steps {

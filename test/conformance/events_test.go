@@ -5,6 +5,7 @@ package conformance_test
 import (
 	"context"
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 
@@ -104,7 +105,20 @@ func TestContainerEvents(t *testing.T) {
 	}
 	names[idle] = "idle"
 	want("idle", created)
-	want("idle", started)
+	ev := want("idle", started)
+	if suite.daemon != nil { // others leave it to ContainerStatus
+		r, err := p.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.ID})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var ids []string
+		for _, c := range r.GetContainersStatuses() {
+			ids = append(ids, c.GetId())
+		}
+		if !slices.Equal(ids, []string{bad, idle}) || r.GetTimestamp() < ev.GetCreatedAt() || r.GetTimestamp() > time.Now().UnixNano() {
+			t.Errorf("the sandbox's status has containers %v of time %d, want %v after %d", ids, r.GetTimestamp(), []string{bad, idle}, ev.GetCreatedAt())
+		}
+	}
 	p.Remove(t)
 	removed = true
 	want("idle", stopped)
