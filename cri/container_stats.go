@@ -13,7 +13,7 @@ func (s *Server) ContainerStats(ctx context.Context, req *runtimeapi.ContainerSt
 	if err != nil {
 		return nil, err
 	}
-	sm, err := sampleOf(ctx, c.Pod())
+	sm, err := sampleOf(ctx, c.Pod(), false)
 	if err != nil {
 		return nil, err
 	}

@@ -31,7 +31,7 @@ func (s *Server) listContainerStats(ctx context.Context, f *runtimeapi.Container
 		}
 	}
 	var out []*runtimeapi.ContainerStats
-	for _, sm := range samples(ctx, pods) {
+	for _, sm := range samples(ctx, pods, false) {
 		out = append(out, s.statsOf(sm, keep)...)
 	}
 	return out

@@ -24,7 +24,7 @@ func (s *Server) listPodStats(ctx context.Context, f *runtimeapi.PodSandboxStats
 		}
 	}
 	var out []*runtimeapi.PodSandboxStats
-	for _, sm := range samples(ctx, pods) {
+	for _, sm := range samples(ctx, pods, false) {
 		out = append(out, s.podStats(sm))
 	}
 	return out

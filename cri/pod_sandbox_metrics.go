@@ -42,8 +42,11 @@ type metricSource struct {
 	// container is nil for a pod as a whole, and interfaces for a container.
 	container  *sandbox.Container
 	interfaces []*guestapi.InterfaceStats
-	started    int64
-	seen       int64
+	// Inodes of the scratch disk.
+	inodes, inodesFree uint64
+
+	started int64
+	seen    int64
 }
 
 // one is the metric of one number of the usage.
@@ -67,10 +70,14 @@ func perInterface(f func(*guestapi.InterfaceStats) uint64) func(metricSource) []
 	}
 }
 
+// scratchDevice is the label of the guest's disks, which are added up: what the pod's
+// containers write to is its scratch disk.
+const scratchDevice = "scratch"
+
 // onDisk is a metric of the scratch disk, with its device's label.
 func onDisk(f func(*guestapi.ContainerStats) uint64) func(metricSource) []metricValue {
 	return func(m metricSource) []metricValue {
-		return []metricValue{{f(m.usage), []string{"scratch"}}}
+		return []metricValue{{f(m.usage), []string{scratchDevice}}}
 	}
 }
 
@@ -138,6 +145,7 @@ var metrics = []metric{
 	{name: "container_memory_rss", help: "Anonymous memory in use, in bytes.", gauge: true, of: one((*guestapi.ContainerStats).GetMemoryRssBytes)},
 	{name: "container_memory_cache", help: "Page cache, in bytes.", gauge: true, of: one((*guestapi.ContainerStats).GetMemoryCacheBytes)},
 	{name: "container_memory_mapped_file", help: "Memory mapped files, in bytes.", gauge: true, of: one((*guestapi.ContainerStats).GetMemoryMappedFileBytes)},
+	{name: "container_memory_kernel_usage", help: "Memory of the guest's kernel for it, in bytes.", gauge: true, of: one((*guestapi.ContainerStats).GetMemoryKernelBytes)},
 	{name: "container_memory_swap", help: "Swap in use, in bytes.", gauge: true, of: one((*guestapi.ContainerStats).GetSwapUsageBytes)},
 	{name: "container_memory_failcnt", help: "How often usage was about to pass the memory limit.", of: one((*guestapi.ContainerStats).GetMemoryFailures)},
 	{name: "container_memory_failures_total", help: "Page faults.", labels: []string{"failure_type", "scope"}, of: func(m metricSource) []metricValue {
@@ -150,6 +158,18 @@ var metrics = []metric{
 
 	{name: "container_fs_usage_bytes", help: "The writable layer's size.", gauge: true, labels: onDevice, of: ofContainer(onDisk((*guestapi.ContainerStats).GetWritableBytes))},
 	{name: "container_fs_limit_bytes", help: "The size of the pod's scratch disk.", gauge: true, labels: onDevice, of: ofContainer(onDisk(func(*guestapi.ContainerStats) uint64 { return uint64(scratch.Size) }))},
+	{name: "container_fs_inodes_total", help: "The inodes of the pod's scratch disk.", gauge: true, labels: onDevice, of: ofContainer(func(m metricSource) []metricValue {
+		return []metricValue{{m.inodes, []string{scratchDevice}}}
+	})},
+	{name: "container_fs_inodes_free", help: "The free inodes of the pod's scratch disk.", gauge: true, labels: onDevice, of: ofContainer(func(m metricSource) []metricValue {
+		return []metricValue{{m.inodesFree, []string{scratchDevice}}}
+	})},
+	{name: "container_blkio_device_usage_total", help: "Bytes read from and written to the guest's disks.", labels: []string{"device", "major", "minor", "operation"}, of: func(m metricSource) []metricValue {
+		return []metricValue{
+			{m.usage.GetReadBytes(), []string{scratchDevice, "", "", "Read"}},
+			{m.usage.GetWrittenBytes(), []string{scratchDevice, "", "", "Write"}},
+		}
+	}},
 	{name: "container_fs_reads_bytes_total", help: "Bytes read from the guest's disks.", labels: onDevice, of: onDisk((*guestapi.ContainerStats).GetReadBytes)},
 	{name: "container_fs_reads_total", help: "Reads from the guest's disks.", labels: onDevice, of: onDisk((*guestapi.ContainerStats).GetReads)},
 	{name: "container_fs_writes_bytes_total", help: "Bytes written to the guest's disks.", labels: onDevice, of: onDisk((*guestapi.ContainerStats).GetWrittenBytes)},
@@ -167,6 +187,14 @@ var metrics = []metric{
 	{name: "container_processes", help: "Processes that run.", gauge: true, of: one((*guestapi.ContainerStats).GetProcesses)},
 	{name: "container_threads", help: "Threads that run.", gauge: true, of: one((*guestapi.ContainerStats).GetPids)},
 	{name: "container_threads_max", help: "The limit of threads; 0 is none.", gauge: true, of: one((*guestapi.ContainerStats).GetPidsMax)},
+	{name: "container_file_descriptors", help: "Open files.", gauge: true, of: one((*guestapi.ContainerStats).GetFiles)},
+	{name: "container_sockets", help: "Open files that are sockets.", gauge: true, of: one((*guestapi.ContainerStats).GetSockets)},
+	{name: "container_ulimits_soft", help: "Limits that processes may raise.", gauge: true, labels: []string{"ulimit"}, of: ofContainer(func(m metricSource) []metricValue {
+		if m.usage.GetFilesLimit() == 0 { // nothing runs
+			return nil
+		}
+		return []metricValue{{m.usage.GetFilesLimit(), []string{"max_open_files"}}}
+	})},
 
 	{name: "container_pressure_cpu_waiting_seconds_total", help: "Time in which some tasks waited for a CPU, in seconds.", of: pressure("cpu", "some")},
 	{name: "container_pressure_cpu_stalled_seconds_total", help: "Time in which all tasks waited for a CPU, in seconds.", of: pressure("cpu", "full")},
@@ -212,7 +240,7 @@ func (s *Server) ListPodSandboxMetrics(ctx context.Context, _ *runtimeapi.ListPo
 
 func (s *Server) listPodMetrics(ctx context.Context) []*runtimeapi.PodSandboxMetrics {
 	var out []*runtimeapi.PodSandboxMetrics
-	for _, sm := range samples(ctx, s.Pods.List()) {
+	for _, sm := range samples(ctx, s.Pods.List(), true) {
 		out = append(out, podMetrics(sm))
 	}
 	return out
@@ -234,6 +262,7 @@ func podMetrics(sm *sample) *runtimeapi.PodSandboxMetrics {
 			ContainerId: c.ID(),
 			Metrics: readMetrics(metricSource{
 				usage: sm.usage(g, st.CreatedAt), resources: c.Resources(), container: c, started: st.StartedAt, seen: sm.at.UnixNano(),
+				inodes: min(sm.resp.GetScratchInodes(), maxCounter), inodesFree: min(sm.resp.GetScratchInodesFree(), maxCounter),
 			}, []string{c.ID(), c.ID(), cfg.GetImage().GetImage(), cfg.GetMetadata().GetName(), meta.GetName(), meta.GetNamespace()}),
 		})
 	}

@@ -13,7 +13,7 @@ func (s *Server) PodSandboxStats(ctx context.Context, req *runtimeapi.PodSandbox
 	if err != nil {
 		return nil, err
 	}
-	sm, err := sampleOf(ctx, pod)
+	sm, err := sampleOf(ctx, pod, false)
 	if err != nil {
 		return nil, err
 	}

@@ -53,11 +53,11 @@ type sample struct {
 }
 
 // samples asks pods for their usage, all at once. Those that are not ready or
-// don't answer in time are left out.
-func samples(ctx context.Context, pods []*sandbox.Pod) []*sample {
+// don't answer in time are left out. Open files are counted if they are wanted.
+func samples(ctx context.Context, pods []*sandbox.Pod, files bool) []*sample {
 	ready := slices.DeleteFunc(pods, func(p *sandbox.Pod) bool { return !p.Status().Ready })
 	return askAll(ready, func(p *sandbox.Pod) *sample {
-		s, err := sampleOf(ctx, p)
+		s, err := sampleOf(ctx, p, files)
 		if err != nil {
 			klog.V(2).InfoS("No stats of a pod", "pod", p.ID(), "err", err)
 		}
@@ -82,10 +82,10 @@ func askAll[T, A any](all []T, ask func(T) *A) []*A {
 	return slices.DeleteFunc(answers, func(a *A) bool { return a == nil })
 }
 
-func sampleOf(ctx context.Context, pod *sandbox.Pod) (*sample, error) {
+func sampleOf(ctx context.Context, pod *sandbox.Pod, files bool) (*sample, error) {
 	ctx, cancel := context.WithTimeout(ctx, statsTimeout)
 	defer cancel()
-	resp, err := pod.Stats(ctx)
+	resp, err := pod.Stats(ctx, files)
 	if err != nil {
 		if ctx.Err() != nil {
 			err = fmt.Errorf("waited %v for the guest: %w", statsTimeout, context.DeadlineExceeded)
@@ -143,6 +143,10 @@ func (s *sample) usage(g *guestapi.ContainerStats, since int64) *guestapi.Contai
 		Reads:                 min(g.GetReads(), maxCounter),
 		WrittenBytes:          min(g.GetWrittenBytes(), maxCounter),
 		Writes:                min(g.GetWrites(), maxCounter),
+		MemoryKernelBytes:     min(g.GetMemoryKernelBytes(), memory),
+		Files:                 min(g.GetFiles(), maxCounter),
+		Sockets:               min(g.GetSockets(), maxCounter),
+		FilesLimit:            min(g.GetFilesLimit(), maxCounter),
 	}
 	for _, resource := range []string{"cpu", "memory", "io"} {
 		for _, kind := range []string{"some", "full"} {

@@ -129,13 +129,14 @@ func (p *Pod) Stream(ctx context.Context, h guestapi.Header) (*guestapi.Stream, 
 	return s, nil
 }
 
-// Stats asks the guest for the pod's and its containers' resource usage.
-func (p *Pod) Stats(ctx context.Context) (*guestapi.StatsResponse, error) {
+// Stats asks the guest for the pod's and its containers' resource usage; for their
+// open files, which take a while to count, if they are wanted.
+func (p *Pod) Stats(ctx context.Context, files bool) (*guestapi.StatsResponse, error) {
 	c, err := p.shimClient()
 	if err != nil {
 		return nil, err
 	}
-	return ask(ctx, c.Stats, &guestapi.StatsRequest{})
+	return ask(ctx, c.Stats, &guestapi.StatsRequest{Files: files})
 }
 
 // shimClient is the connection to the shim, or why there is none.

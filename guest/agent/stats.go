@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/cri-vz/cri-vz/guest/api"
 )
 
@@ -50,6 +52,11 @@ func (a *Agent) Stats(ctx context.Context, r *api.StatsRequest) (*api.StatsRespo
 		if s.WritableBytes, s.WritableInodes, err = c.writable.usage(); err != nil {
 			a.log.Debugf("container %s: %v", c.id, err)
 		}
+		if r.Files {
+			c.cgroup.countFiles(ctx, s)
+			out.Pod.Files += s.Files
+			out.Pod.Sockets += s.Sockets
+		}
 		out.Containers = append(out.Containers, s)
 	}
 	// The process's view is its network namespace's.
@@ -58,7 +65,50 @@ func (a *Agent) Stats(ctx context.Context, r *api.StatsRequest) (*api.StatsRespo
 		return nil, fmt.Errorf("network counters of the pod: %w", err)
 	}
 	out.Interfaces = parseNetDev(string(counters))
+	var fs unix.Statfs_t
+	if err := unix.Statfs(a.paths.scratch, &fs); err == nil {
+		out.ScratchInodes, out.ScratchInodesFree = fs.Files, fs.Ffree
+	}
 	return out, nil
+}
+
+// maxFiles is how many descriptors of a process are looked at: what a process has
+// open must not keep the agent busy.
+const maxFiles = 1 << 14
+
+// countFiles adds up what the cgroup's processes have open. Who ends meanwhile has
+// nothing open.
+func (c cgroup) countFiles(ctx context.Context, s *api.ContainerStats) {
+	_ = c.walk(func(dir cgroup) error {
+		for _, pid := range dir.procs() {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			files, sockets := openFiles(filepath.Join("/proc", strconv.Itoa(pid), "fd"))
+			s.Files += files
+			s.Sockets += sockets
+			var limit unix.Rlimit
+			if s.FilesLimit == 0 && unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &limit) == nil {
+				s.FilesLimit = limit.Cur
+			}
+		}
+		return nil
+	})
+}
+
+func openFiles(dir string) (files, sockets uint64) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return 0, 0
+	}
+	defer d.Close()
+	names, _ := d.Readdirnames(maxFiles)
+	for _, name := range names {
+		if to, err := os.Readlink(filepath.Join(dir, name)); err == nil && strings.HasPrefix(to, "socket:") {
+			sockets++
+		}
+	}
+	return uint64(len(names)), sockets
 }
 
 func (c cgroup) stats() *api.ContainerStats {
@@ -70,7 +120,7 @@ func (c cgroup) stats() *api.ContainerStats {
 	s.MemoryUsageBytes, _ = c.number("memory.current")
 	m := c.flat("memory.stat")
 	s.MemoryRssBytes, s.PageFaults, s.MajorPageFaults = m["anon"], m["pgfault"], m["pgmajfault"]
-	s.MemoryCacheBytes, s.MemoryMappedFileBytes = m["file"], m["file_mapped"]
+	s.MemoryCacheBytes, s.MemoryMappedFileBytes, s.MemoryKernelBytes = m["file"], m["file_mapped"], m["kernel"]
 	s.MemoryMaxUsageBytes, _ = c.number("memory.peak")
 	// As kubelet's: what the kernel could not simply drop.
 	s.MemoryWorkingSetBytes = s.MemoryUsageBytes - min(s.MemoryUsageBytes, m["inactive_file"])

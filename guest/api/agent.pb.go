@@ -1899,7 +1899,8 @@ func (*UpdateContainerResponse) Descriptor() ([]byte, []int) {
 
 type StatsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Ids           []string               `protobuf:"bytes,1,rep,name=ids,proto3" json:"ids,omitempty"` // empty: all containers
+	Ids           []string               `protobuf:"bytes,1,rep,name=ids,proto3" json:"ids,omitempty"`      // empty: all containers
+	Files         bool                   `protobuf:"varint,2,opt,name=files,proto3" json:"files,omitempty"` // what takes a walk through /proc, too
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1941,14 +1942,23 @@ func (x *StatsRequest) GetIds() []string {
 	return nil
 }
 
+func (x *StatsRequest) GetFiles() bool {
+	if x != nil {
+		return x.Files
+	}
+	return false
+}
+
 type StatsResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	UnixNanos     int64                  `protobuf:"varint,1,opt,name=unix_nanos,json=unixNanos,proto3" json:"unix_nanos,omitempty"`
-	Containers    []*ContainerStats      `protobuf:"bytes,2,rep,name=containers,proto3" json:"containers,omitempty"`
-	Interfaces    []*InterfaceStats      `protobuf:"bytes,3,rep,name=interfaces,proto3" json:"interfaces,omitempty"`
-	Pod           *ContainerStats        `protobuf:"bytes,4,opt,name=pod,proto3" json:"pod,omitempty"` // the pod's cgroup as a whole
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state             protoimpl.MessageState `protogen:"open.v1"`
+	UnixNanos         int64                  `protobuf:"varint,1,opt,name=unix_nanos,json=unixNanos,proto3" json:"unix_nanos,omitempty"`
+	Containers        []*ContainerStats      `protobuf:"bytes,2,rep,name=containers,proto3" json:"containers,omitempty"`
+	Interfaces        []*InterfaceStats      `protobuf:"bytes,3,rep,name=interfaces,proto3" json:"interfaces,omitempty"`
+	Pod               *ContainerStats        `protobuf:"bytes,4,opt,name=pod,proto3" json:"pod,omitempty"`                                           // the pod's cgroup as a whole
+	ScratchInodes     uint64                 `protobuf:"varint,5,opt,name=scratch_inodes,json=scratchInodes,proto3" json:"scratch_inodes,omitempty"` // of the scratch disk
+	ScratchInodesFree uint64                 `protobuf:"varint,6,opt,name=scratch_inodes_free,json=scratchInodesFree,proto3" json:"scratch_inodes_free,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *StatsResponse) Reset() {
@@ -2009,6 +2019,20 @@ func (x *StatsResponse) GetPod() *ContainerStats {
 	return nil
 }
 
+func (x *StatsResponse) GetScratchInodes() uint64 {
+	if x != nil {
+		return x.ScratchInodes
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetScratchInodesFree() uint64 {
+	if x != nil {
+		return x.ScratchInodesFree
+	}
+	return 0
+}
+
 type ContainerStats struct {
 	state                 protoimpl.MessageState `protogen:"open.v1"`
 	Id                    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -2041,6 +2065,10 @@ type ContainerStats struct {
 	Reads                 uint64                 `protobuf:"varint,28,opt,name=reads,proto3" json:"reads,omitempty"`
 	WrittenBytes          uint64                 `protobuf:"varint,29,opt,name=written_bytes,json=writtenBytes,proto3" json:"written_bytes,omitempty"`
 	Writes                uint64                 `protobuf:"varint,30,opt,name=writes,proto3" json:"writes,omitempty"`
+	MemoryKernelBytes     uint64                 `protobuf:"varint,31,opt,name=memory_kernel_bytes,json=memoryKernelBytes,proto3" json:"memory_kernel_bytes,omitempty"`
+	Files                 uint64                 `protobuf:"varint,32,opt,name=files,proto3" json:"files,omitempty"`                             // open descriptors; these three if they were asked for
+	Sockets               uint64                 `protobuf:"varint,33,opt,name=sockets,proto3" json:"sockets,omitempty"`                         // some of them
+	FilesLimit            uint64                 `protobuf:"varint,34,opt,name=files_limit,json=filesLimit,proto3" json:"files_limit,omitempty"` // a process's, which it may raise
 	unknownFields         protoimpl.UnknownFields
 	sizeCache             protoimpl.SizeCache
 }
@@ -2281,6 +2309,34 @@ func (x *ContainerStats) GetWrittenBytes() uint64 {
 func (x *ContainerStats) GetWrites() uint64 {
 	if x != nil {
 		return x.Writes
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetMemoryKernelBytes() uint64 {
+	if x != nil {
+		return x.MemoryKernelBytes
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetFiles() uint64 {
+	if x != nil {
+		return x.Files
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetSockets() uint64 {
+	if x != nil {
+		return x.Sockets
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetFilesLimit() uint64 {
+	if x != nil {
+		return x.FilesLimit
 	}
 	return 0
 }
@@ -2873,9 +2929,10 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"\tresources\x18\x02 \x01(\fR\tresources\x12'\n" +
 	"\room_score_adj\x18\x03 \x01(\x05H\x00R\voomScoreAdj\x88\x01\x01B\x10\n" +
 	"\x0e_oom_score_adj\"\x19\n" +
-	"\x17UpdateContainerResponse\" \n" +
+	"\x17UpdateContainerResponse\"6\n" +
 	"\fStatsRequest\x12\x10\n" +
-	"\x03ids\x18\x01 \x03(\tR\x03ids\"\xe0\x01\n" +
+	"\x03ids\x18\x01 \x03(\tR\x03ids\x12\x14\n" +
+	"\x05files\x18\x02 \x01(\bR\x05files\"\xb7\x02\n" +
 	"\rStatsResponse\x12\x1d\n" +
 	"\n" +
 	"unix_nanos\x18\x01 \x01(\x03R\tunixNanos\x12>\n" +
@@ -2885,7 +2942,10 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"\n" +
 	"interfaces\x18\x03 \x03(\v2\x1e.crivz.guest.v1.InterfaceStatsR\n" +
 	"interfaces\x120\n" +
-	"\x03pod\x18\x04 \x01(\v2\x1e.crivz.guest.v1.ContainerStatsR\x03pod\"\xb4\t\n" +
+	"\x03pod\x18\x04 \x01(\v2\x1e.crivz.guest.v1.ContainerStatsR\x03pod\x12%\n" +
+	"\x0escratch_inodes\x18\x05 \x01(\x04R\rscratchInodes\x12.\n" +
+	"\x13scratch_inodes_free\x18\x06 \x01(\x04R\x11scratchInodesFree\"\xb5\n" +
+	"\n" +
 	"\x0eContainerStats\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12&\n" +
 	"\x0fcpu_usage_nanos\x18\x02 \x01(\x04R\rcpuUsageNanos\x12,\n" +
@@ -2920,7 +2980,12 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"read_bytes\x18\x1b \x01(\x04R\treadBytes\x12\x14\n" +
 	"\x05reads\x18\x1c \x01(\x04R\x05reads\x12#\n" +
 	"\rwritten_bytes\x18\x1d \x01(\x04R\fwrittenBytes\x12\x16\n" +
-	"\x06writes\x18\x1e \x01(\x04R\x06writes\"\x9d\x01\n" +
+	"\x06writes\x18\x1e \x01(\x04R\x06writes\x12.\n" +
+	"\x13memory_kernel_bytes\x18\x1f \x01(\x04R\x11memoryKernelBytes\x12\x14\n" +
+	"\x05files\x18  \x01(\x04R\x05files\x12\x18\n" +
+	"\asockets\x18! \x01(\x04R\asockets\x12\x1f\n" +
+	"\vfiles_limit\x18\" \x01(\x04R\n" +
+	"filesLimit\"\x9d\x01\n" +
 	"\bPressure\x12\x1a\n" +
 	"\bresource\x18\x01 \x01(\tR\bresource\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x14\n" +

@@ -442,7 +442,7 @@ func testClock(t *testing.T, v *vm, _ []string) {
 	}
 	off := func() time.Duration {
 		t.Helper()
-		st, err := v.agent.Stats(v.ctx(), &api.StatsRequest{})
+		st, err := v.agent.Stats(v.ctx(), &api.StatsRequest{Files: true})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -742,7 +742,7 @@ func testStats(t *testing.T, v *vm, layers []string) {
 	if _, err := v.agent.Wait(v.ctx(), &api.WaitRequest{Id: "writes"}); err != nil {
 		t.Fatal(err)
 	}
-	stats, err := v.agent.Stats(v.ctx(), &api.StatsRequest{})
+	stats, err := v.agent.Stats(v.ctx(), &api.StatsRequest{Files: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -759,7 +759,14 @@ func testStats(t *testing.T, v *vm, layers []string) {
 			if c.CpuUsageNanos == 0 || c.MemoryWorkingSetBytes == 0 || c.Pids == 0 || len(c.Pressure) == 0 {
 				t.Errorf("empty figures: %v", c)
 			}
+			// Its streams, what it listens on, and what Go's runtime has open.
+			if c.Files < 4 || c.Files > 20 || c.Sockets == 0 || c.Sockets >= c.Files || c.FilesLimit == 0 || c.MemoryKernelBytes == 0 {
+				t.Errorf("files, sockets, the limit of both or the kernel's memory: %v", c)
+			}
 		}
+	}
+	if p := stats.Pod; p.Files == 0 || stats.ScratchInodes == 0 || stats.ScratchInodesFree == 0 || stats.ScratchInodesFree >= stats.ScratchInodes {
+		t.Errorf("files of the pod %v, inodes %d, free %d", p, stats.ScratchInodes, stats.ScratchInodesFree)
 	}
 	if !found || len(stats.Interfaces) != 1 || stats.Interfaces[0].Name != "eth0" {
 		t.Errorf("containers or interfaces missing: %v", stats)
