@@ -180,3 +180,53 @@ func TestDevicePolicy(t *testing.T) {
 		}
 	}
 }
+
+// T37: a privileged container finds the guest's devices, but for those that the pod
+// stands on, and what it brings along at their places stays.
+func TestGuestDevices(t *testing.T) {
+	dir := t.TempDir()
+	disk := uint64(unix.Mkdev(254, 0))
+	if err := os.Mkdir(dir+"/sub", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, dev := range map[string]struct{ mode, major, minor uint32 }{
+		"kmsg": {unix.S_IFCHR, 1, 11}, "sub/rtc": {unix.S_IFCHR, 250, 0}, "tty1": {unix.S_IFCHR, 4, 1}, "console": {unix.S_IFCHR, 5, 1},
+		"loop0": {unix.S_IFBLK, 7, 0}, "vda": {unix.S_IFBLK, 254, 0}, "vdb": {unix.S_IFBLK, 254, 16}, "null": {unix.S_IFCHR, 1, 3},
+	} {
+		if err := unix.Mknod(dir+"/"+name, dev.mode|0o640, int(unix.Mkdev(dev.major, dev.minor))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	found, err := guestDevices(dir, disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec := &specs.Spec{
+		Linux:  &specs.Linux{Devices: []specs.LinuxDevice{{Path: "/dev/null", Type: "c", Major: 1, Minor: 5}}},
+		Mounts: []specs.Mount{{Destination: "/dev/kmsg"}},
+	}
+	addDevices(spec, append(found, onDemand...))
+	var got []string
+	for _, d := range spec.Linux.Devices {
+		got = append(got, fmt.Sprintf("%s %s %d:%d", d.Path, d.Type, d.Major, d.Minor))
+	}
+	want := "/dev/null c 1:5, /dev/sub/rtc c 250:0, /dev/vdb b 254:16, /dev/fuse c 10:229, /dev/net/tun c 10:200"
+	if text := strings.Join(got, ", "); text != want {
+		t.Errorf("got %s, want %s", text, want)
+	}
+	if len(found) == 0 || *found[0].FileMode != 0o640 {
+		t.Errorf("%+v", found)
+	}
+	for _, c := range []struct {
+		rules []specs.LinuxDeviceCgroup
+		want  bool
+	}{
+		{nil, false}, {[]specs.LinuxDeviceCgroup{{Allow: false, Access: "rwm"}}, false},
+		{[]specs.LinuxDeviceCgroup{{Allow: true, Type: "c", Major: new(int64), Access: "rwm"}}, false},
+		{[]specs.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}, true},
+	} {
+		if got := allDevices(&specs.LinuxResources{Devices: c.rules}); got != c.want {
+			t.Errorf("%v: privileged %v, want %v", c.rules, got, c.want)
+		}
+	}
+}

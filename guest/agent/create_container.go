@@ -121,9 +121,20 @@ func (a *Agent) create(c *ctr, sb *sandbox, r *api.CreateContainerRequest) error
 		// Else it would inherit pod-init's, which the OOM killer spares (T25).
 		spec.Process.OOMScoreAdj = new(int)
 	}
-	rules, err := deviceRules(spec.Linux.Resources, spec.Linux.Devices, a.scratch.number())
+	disk := a.scratch.number()
+	rules, err := deviceRules(spec.Linux.Resources, spec.Linux.Devices, disk)
 	if err != nil {
 		return err
+	}
+	if allDevices(spec.Linux.Resources) {
+		devices, err := guestDevices("/dev", disk)
+		if err != nil {
+			return err
+		}
+		if sb.ids == nil { // in a user namespace nodes are the guest's, which has these once they are in use
+			devices = append(devices, onDemand...)
+		}
+		addDevices(&spec, devices)
 	}
 	if sb.pidsMax > 0 {
 		// Each time, because the pod's cgroup may be younger than its sandbox: the

@@ -4,10 +4,15 @@ package agent
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"path"
+	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 	"unsafe"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -121,6 +126,70 @@ func deviceRules(r *specs.LinuxResources, devices []specs.LinuxDevice, disk uint
 		rules = append(rules, deviceRule{false, devBlock, open, int64(unix.Major(disk)), int64(unix.Minor(disk))})
 	}
 	return rules, nil
+}
+
+// allDevices tells whether a spec allows every device: a privileged container's.
+func allDevices(r *specs.LinuxResources) bool {
+	return r != nil && slices.ContainsFunc(r.Devices, func(d specs.LinuxDeviceCgroup) bool {
+		return d.Allow && (d.Type == "" || d.Type == "a") && d.Major == nil && d.Minor == nil
+	})
+}
+
+// onDemand are devices whose modules the kernel loads when they are opened.
+var onDemand = []specs.LinuxDevice{
+	{Path: "/dev/fuse", Type: "c", Major: 10, Minor: 229},
+	{Path: "/dev/net/tun", Type: "c", Major: 10, Minor: 200},
+}
+
+// guestDevices are the nodes in dir, the guest's /dev, for a privileged container:
+// less the loop devices and the disk, on which the pod stands (T37), and less
+// terminals, of which each container has its own.
+func guestDevices(dir string, disk uint64) ([]specs.LinuxDevice, error) {
+	var found []specs.LinuxDevice
+	err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		name := strings.TrimPrefix(path, dir+"/")
+		switch {
+		case errors.Is(err, fs.ErrNotExist): // meanwhile
+			return nil
+		case err != nil:
+			return err
+		case e.IsDir() && slices.Contains([]string{"pts", "shm", "mqueue"}, name):
+			return fs.SkipDir
+		case e.Type()&fs.ModeDevice == 0, name == "console", name == "ptmx",
+			strings.HasPrefix(name, "tty"), strings.HasPrefix(name, "vcs"), strings.HasPrefix(name, "hvc"):
+			return nil
+		}
+		var st unix.Stat_t
+		if err := unix.Lstat(path, &st); errors.Is(err, fs.ErrNotExist) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		d := specs.LinuxDevice{Path: "/dev/" + name, Type: "c", Major: int64(unix.Major(uint64(st.Rdev))), Minor: int64(unix.Minor(uint64(st.Rdev)))}
+		if e.Type()&fs.ModeCharDevice == 0 {
+			if d.Type = "b"; d.Major == loopMajor || uint64(st.Rdev) == disk {
+				return nil
+			}
+		}
+		mode := os.FileMode(st.Mode & 0o777)
+		d.FileMode = &mode
+		found = append(found, d)
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("the guest's devices: %w", err)
+	}
+	return found, nil
+}
+
+// addDevices adds those that the spec has nothing for at their paths.
+func addDevices(spec *specs.Spec, devices []specs.LinuxDevice) {
+	for _, d := range devices {
+		if !slices.ContainsFunc(spec.Linux.Devices, func(o specs.LinuxDevice) bool { return path.Clean(o.Path) == d.Path }) &&
+			!slices.ContainsFunc(spec.Mounts, func(m specs.Mount) bool { return path.Clean(m.Destination) == d.Path }) {
+			spec.Linux.Devices = append(spec.Linux.Devices, d)
+		}
+	}
 }
 
 // assembler collects eBPF instructions.

@@ -722,12 +722,25 @@ func testBadRequests(t *testing.T, v *vm, layers []string) {
 	wantReset(t, err, "no such container")
 }
 
-// testDevices: the disk with every container's writes can't be had by mknod.
+// testDevices: the disk with every container's writes can't be had by mknod, not even
+// by a privileged container, which has the guest's other devices (T37).
 func testDevices(t *testing.T, v *vm, layers []string) {
 	got, w := v.run(request("mknod", layers), spec("mknod", "/disk", "/dev/disk"))
 	if w.ExitCode != 0 {
 		t.Errorf("got %q, %v", got, w)
 	}
+	privileged := func(args ...string) *specs.Spec {
+		s := spec(args...)
+		s.Linux.Resources = &specs.LinuxResources{Devices: []specs.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}}
+		return s
+	}
+	if got, w = v.run(request("mknod", layers), privileged("mknod", "/disk", "/dev/disk")); w.ExitCode != 0 {
+		t.Errorf("privileged: got %q, %v", got, w)
+	}
+	if got, w = v.run(request("ls", layers), privileged("ls", "/dev")); w.ExitCode != 0 || strings.Contains(got, "vd") || strings.Contains(got, "loop0") {
+		t.Errorf("privileged: got %q, %v", got, w)
+	}
+	wantContains(t, "devices", got, "kmsg", "fuse", "net", "loop-control")
 }
 
 func testStats(t *testing.T, v *vm, layers []string) {
