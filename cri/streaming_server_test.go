@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"strconv"
 	"strings"
@@ -83,11 +84,12 @@ var transports = map[string]struct {
 	"WebSocket": {streamclient.WebSocket, streamclient.ForwardWebSocket},
 }
 
-func streamServerOf(t *testing.T) (*streamServer, commands) {
+func streamServerOf(t *testing.T, stays ...goleak.Option) (*streamServer, commands) {
 	t.Helper()
 	// Everything that a session started ends with it, and what the clients here
 	// start with them; a connection that is closed lingers.
-	t.Cleanup(func() { goleak.VerifyNone(t, goleak.IgnoreAnyFunction("github.com/go-logr/logr.test")) })
+	stays = append(stays, goleak.IgnoreAnyFunction("github.com/go-logr/logr.test"))
+	t.Cleanup(func() { goleak.VerifyNone(t, stays...) })
 	c := commands{make(chan string, 1)}
 	s, err := newStreamServer("127.0.0.1:0", c)
 	if err != nil {
@@ -322,6 +324,80 @@ func TestOldWebSocketProtocols(t *testing.T) {
 		session.Close()
 		t.Error("a protocol of the future was accepted")
 	}
+}
+
+// Whatever a client says that has a URL, its session ends with it, nothing stays of
+// it, and the next client is served.
+func TestHostileClients(t *testing.T) {
+	// One that has opened no stream is waited for as long as streamCreation.
+	s, _ := streamServerOf(t, goleak.IgnoreTopFunction("k8s.io/cri-streaming/pkg/streaming/remotecommand.(*v4ProtocolHandler).waitForStreams"))
+	o := streamclient.Options{Stdin: true, Stdout: true, TTY: true}
+	const (
+		ws   = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nOrigin: http://localhost\r\nSec-WebSocket-Protocol: "
+		spdy = "Connection: Upgrade\r\nUpgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: "
+	)
+	frame := func(first byte, payload string) string { // masked with zeros, as RFC 6455 has clients' frames
+		return string([]byte{first, 0x80 | byte(len(payload)), 0, 0, 0, 0}) + payload
+	}
+	for _, c := range []struct{ name, kind, header, then, want string }{
+		{"no upgrade", "exec", "", "", "HTTP/1.1 4"},
+		{"a body and no upgrade", "attach", "Content-Length: 100000\r\n", strings.Repeat("x", 100000), "HTTP/1.1 4"},
+		{"SPDY of an unknown protocol", "exec", spdy + "v99.channel.k8s.io\r\n", "", "HTTP/1.1 403"},
+		{"SPDY and no streams", "exec", spdy + "v4.channel.k8s.io\r\n", "", "HTTP/1.1 101"},
+		{"SPDY and garbage", "exec", spdy + "v4.channel.k8s.io\r\n", strings.Repeat("\x80\x03\xff\xff", 1000), "HTTP/1.1 101"},
+		{"a forward and garbage", "portforward", spdy + "portforward.k8s.io\r\n", strings.Repeat("\x80\x03\x00\x01", 1000), "HTTP/1.1 101"},
+		{"WebSocket of an unknown protocol", "attach", ws + "v99.channel.k8s.io\r\n", "", "HTTP/1.1 4"},
+		{"WebSocket and garbage", "exec", ws + "v5.channel.k8s.io\r\n", strings.Repeat("\xff", 4096), "HTTP/1.1 101"},
+		{"a frame of four exbibytes", "exec", ws + "v5.channel.k8s.io\r\n", "\x82\xff\x40\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00" + strings.Repeat("x", 1<<16), "HTTP/1.1 101"},
+		{"channels that aren't there", "exec", ws + "v4.channel.k8s.io\r\n", frame(0x82, "\xc8x") + frame(0x82, "\x01x") + frame(0x82, ""), "HTTP/1.1 101"},
+		{"a size that is none", "exec", ws + "v4.channel.k8s.io\r\n", frame(0x82, "\x04{\"Width\": -1}") + frame(0x82, "\x04[[["), "HTTP/1.1 101"},
+		{"a channel closed twice", "exec", ws + "v5.channel.k8s.io\r\n", frame(0x82, "\xff\x00") + frame(0x82, "\xff\x00") + frame(0x82, "\xff\x07"), "HTTP/1.1 101"},
+		{"a tunnel and garbage", "portforward", ws + tunnelProtocol + "\r\n", frame(0x82, strings.Repeat("\x80\x03\xff\xff", 30)), "HTTP/1.1 101"},
+		{"a tunnel of a tunnel", "portforward", ws + "SPDY/3.1+SPDY/3.1+portforward.k8s.io\r\n", "", "HTTP/1.1 4"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var request any = &runtimeapi.ExecRequest{ContainerId: "c", Cmd: []string{"cat"}, Stdin: true, Stdout: true, Tty: true}
+			switch c.kind {
+			case "attach":
+				request = &runtimeapi.AttachRequest{ContainerId: "c", Stdin: true, Stdout: true}
+			case "portforward":
+				request = &runtimeapi.PortForwardRequest{PodSandboxId: "p"}
+			}
+			u, err := s.url(c.kind, request)
+			if err != nil {
+				t.Fatal(err)
+			}
+			conn, err := net.Dial("tcp", s.ln.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
+			method := http.MethodPost
+			if strings.HasPrefix(c.header, ws) {
+				method = http.MethodGet
+			}
+			go func() {
+				_, _ = fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: localhost\r\n%s\r\n%s", method, strings.TrimPrefix(u, "http://"+s.ln.Addr().String()), c.header, c.then)
+				if c.then == "" {
+					_ = conn.(*net.TCPConn).CloseWrite()
+				}
+			}()
+			answer := make([]byte, len(c.want))
+			if _, err := io.ReadFull(conn, answer); err != nil || string(answer) != c.want {
+				t.Errorf("answer %q, %v; want %q", answer, err, c.want)
+			}
+		})
+	}
+	session, err := streamclient.WebSocket(s.execURL(t, o, "exit", "4"), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { _, _ = io.Copy(io.Discard, session.Stdout) }()
+	if code, err := session.ExitCode(); code != 4 || err != nil {
+		t.Errorf("afterwards: exit code %d, %v", code, err)
+	}
+	session.Close()
 }
 
 // A URL that nobody used is good for a time, and there are so many.
