@@ -165,7 +165,7 @@ func TestBadArchive(t *testing.T) {
 		{"bad tag", tarOf(edit(without(docker, "index.json"), "manifest.json", func(e *images.Entry) {
 			e.Body = bytes.Replace(e.Body, []byte("docker.io/library/bad:1"), []byte("Not A Tag"), 1)
 		})), errdefs.IsInvalidArgument, "not a tag"},
-		{"artifact", tarOf(remanifest(t, oci, func(m *v1.Manifest) { m.Config.MediaType = "application/vnd.oci.empty.v1+json" })), errdefs.IsInvalidArgument, "not a container image"},
+		{"artifact", tarOf(remanifest(t, oci, func(m *v1.Manifest) { m.Config.MediaType = "application/vnd.oci.empty.v1+json" })), errdefs.IsInvalidArgument, "not a container image"}, // T44
 		{"unsupported layer", tarOf(remanifest(t, oci, func(m *v1.Manifest) { m.Layers[0].MediaType = "application/vnd.wasm" })), errdefs.IsInvalidArgument, "application/vnd.wasm"},
 		{"foreign layer", tarOf(remanifest(t, oci, func(m *v1.Manifest) { m.Layers[0].MediaType = types.DockerForeignLayer })), errdefs.IsInvalidArgument, "distributed"},
 		{"layer count", tarOf(remanifest(t, oci, func(m *v1.Manifest) { m.Layers = m.Layers[:2] })), errdefs.IsInvalidArgument, "3 diff IDs for 2 layers"},

@@ -129,14 +129,15 @@ func TestUnknownNames(t *testing.T) {
 	}
 }
 
-// T39, T40: what can't be honoured is refused by the field's name.
+// T39, T40: what can't be honoured is refused by the field's name, the node's network
+// with advice.
 func TestRefusedFields(t *testing.T) {
 	p := sharedPodOf(t)
 	for _, c := range []struct {
 		name, field string
 		change      func(*runtimeapi.PodSandboxConfig)
 	}{
-		{"node network", "namespace_options.network", func(c *runtimeapi.PodSandboxConfig) {
+		{"node network", "namespace_options.network: NODE can't be had: the node's network is outside the pod's VM; run host-network pods on another node or runtime", func(c *runtimeapi.PodSandboxConfig) {
 			c.Linux.SecurityContext.NamespaceOptions.Network = runtimeapi.NamespaceMode_NODE
 		}},
 		{"node ipc", "namespace_options.ipc", func(c *runtimeapi.PodSandboxConfig) {

@@ -7,12 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -68,6 +70,45 @@ func TestReadOnlyIsTheHosts(t *testing.T) {
 	}
 	if b, err := os.ReadFile(filepath.Join(dir, "file")); err != nil || string(b) != "mine\n" {
 		t.Errorf("the read-only volume changed: %q, %v", b, err)
+	}
+}
+
+// T29: a directory with a socket and a device in it is a volume like any other, but
+// for these two. T30: the guest sees nothing of the folder of a single file.
+func TestSpecialFilesInVolumes(t *testing.T) {
+	p := sharedPodOf(t)
+	dir, single := filepath.Join(suite.base, "special"), filepath.Join(suite.base, "folder")
+	if err := errors.Join(os.Mkdir(dir, 0o777), os.Mkdir(single, 0o777), unix.Mknod(filepath.Join(dir, "zero"), unix.S_IFCHR|0o666, int(unix.Mkdev(1, 5)))); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("unix", filepath.Join(dir, "socket"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	writeFile(t, filepath.Join(dir, "file"), "plain\n")
+	writeFile(t, filepath.Join(single, "one"), "one\n")
+	writeFile(t, filepath.Join(single, "neighbour"), "not shared\n")
+	id := p.start(t, "special", asRoot, privileged, command("/bin/sleep", "infinity"),
+		mount(&runtimeapi.Mount{HostPath: dir, ContainerPath: "/data"}), mount(&runtimeapi.Mount{HostPath: filepath.Join(single, "one"), ContainerPath: "/one"}))
+	defer p.removeContainer(t, id)
+	if got := p.output(t, id, "/bin/cat", "/data/file", "/one"); got != "plain\none\n" {
+		t.Errorf("%q", got)
+	}
+	if r := p.exec(t, id, "/app/web", "connect", "/data/socket"); r.code != 1 || !strings.Contains(r.stderr, "refused") {
+		t.Errorf("connect to the host's socket: %+v", r)
+	}
+	// Privileged, it may use any device: that of a volume is none.
+	if r := p.exec(t, id, "/bin/cat", "/data/zero"); r.code != 1 || !strings.Contains(r.stderr, "permission denied") {
+		t.Errorf("read the device: %+v", r)
+	}
+	if r := p.exec(t, id, "/app/web", "mount", "virtiofs", "volumes", "/tmp/all"); r.code != 0 {
+		t.Fatalf("mount the share: %+v", r)
+	}
+	found := map[string]bool{}
+	walkGuest(t, p.pod, id, "/tmp/all", 3, func(path string) { found[filepath.Base(path)] = true })
+	if !found["file"] || found["neighbour"] {
+		t.Errorf("the guest's root sees %v", found)
 	}
 }
 

@@ -32,6 +32,7 @@ var commands = map[string]command{
 	"tcp-echo": tcpEcho, "tcp-traffic": tcpTraffic, "udp-echo": udpEcho, "write": write, "flood": flood, "trap-term": trapTerm, "oom": oom,
 	"spawn-zombies": spawnZombies, "orphan": orphan, "get": get, "hostname": hostname,
 	"err": errText, "count": count, "long": long, "detach": detach, "mount": mount, "fill": fill, "reread": reread,
+	"connect": connect,
 }
 
 func main() {
@@ -314,6 +315,18 @@ func reread(args []string) (int, error) {
 		return 1, fmt.Errorf("%d failures, the first: %w", failures, first)
 	}
 	return 0, nil
+}
+
+// connect PATH connects to a unix socket.
+func connect(args []string) (int, error) {
+	if len(args) != 1 {
+		return 2, errUsage
+	}
+	c, err := net.Dial("unix", args[0])
+	if err != nil {
+		return 1, err
+	}
+	return 0, c.Close()
 }
 
 // write puts a text and a line end into a file, and syncs it.
