@@ -208,6 +208,26 @@ func TestRemoveWhileAContainerIsMade(t *testing.T) {
 	e.checkNothingLeft()
 }
 
+// A caller that vanishes, which ttrpc tells nobody, leaves no container that only the
+// guest knows of.
+func TestCreateIsCancelled(t *testing.T) {
+	e := newFakeEnv(t)
+	p := e.run("p")
+	ctx, cancel := context.WithCancel(t.Context())
+	time.AfterFunc(50*time.Millisecond, cancel)
+	if _, err := p.CreateContainer(ctx, e.container("c", nil, "made-late")); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	time.Sleep(500 * time.Millisecond) // the guest has made it by now
+	p.mu.Lock()
+	left := p.state.GetContainers()
+	p.mu.Unlock()
+	if len(left) != 0 {
+		t.Errorf("the shim has %v", left)
+	}
+	e.create(p, "c", nil, "sleep") // its name is free
+}
+
 // A container whose start is under way, and was given up by its caller, is one that
 // Stop stops.
 func TestStopWhileItStarts(t *testing.T) {

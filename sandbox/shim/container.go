@@ -82,9 +82,10 @@ type container struct {
 	stdinOnce bool
 	volumes   []string
 
-	// token is held while the container is started or removed, and record while
+	// token is held while the container is made, started or removed, and record while
 	// its record is written and its state changed, so that both keep one order.
 	token  chan struct{}
+	giveUp context.CancelFunc // ends the making
 	record chan struct{}
 	// ended is closed when the guest said that the process ended; exited when
 	// the exit is on record and public.
@@ -239,6 +240,11 @@ func (s *Shim) CreateContainer(ctx context.Context, req *shimapi.CreateContainer
 		return nil, err
 	}
 	c := newContainer(req, filepath.Join(s.cfg.PodDir, ContainersDir, id))
+	cctx, cancel := context.WithTimeout(ctx, createTimeout)
+	defer cancel()
+	c.giveUp = cancel
+	c.token <- struct{}{} // nobody knows it yet
+	defer func() { <-c.token }()
 	s.mu.Lock()
 	_, exists := s.containers[id]
 	if !exists {
@@ -265,8 +271,6 @@ func (s *Shim) CreateContainer(ctx context.Context, req *shimapi.CreateContainer
 		}
 		c.volumes = append(c.volumes, v.GetName())
 	}
-	cctx, cancel := context.WithTimeout(ctx, createTimeout)
-	defer cancel()
 	resp, err := call(cctx, a, "create container", a.CreateContainer, req.GetContainer())
 	if n := len(resp.GetUser().GetSupplementalGroups()); err == nil && n > maxGroups {
 		err = fmt.Errorf("the guest says that its user has %d groups, which is more than %d: %w", n, maxGroups, errdefs.ErrInvalidArgument)
@@ -607,9 +611,17 @@ func (s *Shim) StopContainer(ctx context.Context, req *shimapi.StopContainerRequ
 
 // RemoveContainer implements shim/api.
 func (s *Shim) RemoveContainer(ctx context.Context, req *shimapi.RemoveContainerRequest) (*shimapi.RemoveContainerResponse, error) {
-	c, err := s.find(req.GetId())
-	if err != nil {
+	s.mu.Lock()
+	c := s.containers[req.GetId()]
+	made := c != nil && c.state != nil
+	s.mu.Unlock()
+	if c == nil {
 		return &shimapi.RemoveContainerResponse{}, nil
+	}
+	if !made {
+		// Whoever has it made doesn't want it any more: a caller's end is not told
+		// over ttrpc, unless it was a deadline.
+		c.giveUp()
 	}
 	release, err := acquire(ctx, c.token, "container "+c.id)
 	if err != nil {

@@ -428,6 +428,9 @@ func (m *Machine) CreateContainer(ctx context.Context, r *guestapi.CreateContain
 	if len(spec.Process.Args) > 1 && spec.Process.Args[1] == "refuse" {
 		return nil, status.Error(codes.InvalidArgument, "refused\n\x1b[31mred")
 	}
+	if len(spec.Process.Args) > 1 && spec.Process.Args[1] == "made-late" {
+		time.Sleep(300 * time.Millisecond)
+	}
 	m.add(r.GetId(), "", newProc(spec.Process.Args, r.GetStdin(), r.GetTty()))
 	user := &guestapi.ResolvedUser{Uid: 7}
 	if len(spec.Process.Args) > 1 && spec.Process.Args[1] == "many-groups" {
