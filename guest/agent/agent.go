@@ -245,7 +245,7 @@ type ctr struct {
 	state    state
 	init     *process
 	execs    map[string]*process
-	reserved map[string]bool // exec ids being started
+	reserved map[string]bool // exec ids being started, and whether they are still wanted
 	settled  chan struct{}   // closed when creating, starting or removing is over
 }
 

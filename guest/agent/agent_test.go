@@ -342,6 +342,52 @@ func TestExecsAtOnce(t *testing.T) {
 	all.Wait()
 }
 
+// TestExecRemovedWhileItStarts: a caller that gives up leaves no process that nobody
+// knows of.
+func TestExecRemovedWhileItStarts(t *testing.T) {
+	h := newHost(t)
+	h.image("img")
+	h.sandboxWith(api.NamespaceMode_POD)
+	h.create("a", &api.CreateContainerRequest{PidMode: api.NamespaceMode_POD}, "while :; do sleep 100; done")
+	h.start("a")
+	c, err := h.container("a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	caught := 0
+	for i := range 20 {
+		id := fmt.Sprint("e", i)
+		started := make(chan error, 1)
+		go func() {
+			_, err := h.client.Exec(h.ctx(), &api.ExecRequest{Id: "a", ExecId: id, Args: []string{"sh", "-c", "sleep 1000"}})
+			started <- err
+		}()
+		for begins := false; !begins; { // as soon as the agent has heard of it
+			c.mu.Lock()
+			_, reserved := c.reserved[id]
+			begins = reserved || c.execs[id] != nil
+			c.mu.Unlock()
+		}
+		if _, err := h.client.RemoveExec(h.ctx(), &api.RemoveExecRequest{Id: "a", ExecId: id}); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-started; status.Code(err) == codes.FailedPrecondition {
+			caught++
+		} else if err != nil {
+			t.Error(err)
+		}
+		c.mu.Lock()
+		left := c.execs[id]
+		c.mu.Unlock()
+		if _, err := os.Stat(c.cgroup.file("exec-" + id)); left != nil || !os.IsNotExist(err) {
+			t.Fatalf("round %d: the exec is left: %v, %v", i, left, err)
+		}
+	}
+	if caught == 0 {
+		t.Error("no exec was removed while it started")
+	}
+}
+
 // TestRestarts: nothing grows (T38).
 func TestRestarts(t *testing.T) {
 	h := newHost(t)

@@ -31,11 +31,12 @@ func (a *Agent) Exec(ctx context.Context, r *api.ExecRequest) (*api.ExecResponse
 		return nil, err
 	}
 	c.mu.Lock()
+	_, taken := c.reserved[r.ExecId]
 	switch {
 	case c.state != running:
 		defer c.mu.Unlock()
 		return nil, preconditionf("exec in container %q: it is %v, not running", r.Id, c.state)
-	case c.execs[r.ExecId] != nil || c.reserved[r.ExecId]:
+	case c.execs[r.ExecId] != nil || taken:
 		c.mu.Unlock()
 		return nil, existsf("exec in container %q: exec %q exists", r.Id, r.ExecId)
 	}
@@ -45,12 +46,20 @@ func (a *Agent) Exec(ctx context.Context, r *api.ExecRequest) (*api.ExecResponse
 
 	p, err := a.exec(ctx, sb, c, spec, init, r)
 	c.mu.Lock()
+	unwanted := !c.reserved[r.ExecId]
 	delete(c.reserved, r.ExecId)
 	gone := c.state == removing
-	if err == nil && !gone {
+	if err == nil && !gone && !unwanted {
 		c.execs[r.ExecId] = p
 	}
 	c.mu.Unlock()
+	if err == nil && unwanted {
+		if e := p.cgroup.remove(); e != nil {
+			a.log.Printf("container %s: %v", c.id, e)
+		}
+		p.discard()
+		return nil, preconditionf("exec in container %q: exec %q was removed before it had started", r.Id, r.ExecId)
+	}
 	if err == nil && gone {
 		p.discard()
 		err = preconditionf("the container has been removed")
@@ -125,7 +134,8 @@ func (a *Agent) exec(ctx context.Context, sb *sandbox, c *ctr, spec *specs.Spec,
 }
 
 // RemoveExec forgets an exec; one that still runs is killed with all it has
-// forked. What an ended exec has left running lives on as the container's.
+// forked, and one that is being started as soon as it runs. What an ended exec has
+// left running lives on as the container's.
 func (a *Agent) RemoveExec(_ context.Context, r *api.RemoveExecRequest) (*api.RemoveExecResponse, error) {
 	a.mu.Lock()
 	c := a.containers[r.Id]
@@ -136,6 +146,9 @@ func (a *Agent) RemoveExec(_ context.Context, r *api.RemoveExecRequest) (*api.Re
 	c.mu.Lock()
 	p := c.execs[r.ExecId]
 	delete(c.execs, r.ExecId)
+	if c.reserved[r.ExecId] {
+		c.reserved[r.ExecId] = false
+	}
 	c.mu.Unlock()
 	if p == nil {
 		return &api.RemoveExecResponse{}, nil
