@@ -118,6 +118,7 @@ func TestContainerAttributes(t *testing.T) {
 	}{
 		{"none", nil, true},
 		{"id", &runtimeapi.ContainerFilter{Id: id}, true},
+		{"the beginning of its id", &runtimeapi.ContainerFilter{Id: id[:13]}, true},
 		{"pod", &runtimeapi.ContainerFilter{PodSandboxId: p.ID}, true},
 		{"other pod", &runtimeapi.ContainerFilter{PodSandboxId: "zzz"}, false},
 		{"its state", &runtimeapi.ContainerFilter{State: &runtimeapi.ContainerStateValue{State: created}}, true},

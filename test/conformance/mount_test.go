@@ -91,6 +91,40 @@ func TestMounts(t *testing.T) {
 			t.Errorf("%q", got)
 		}
 	})
+	t.Run("the termination log is the container's to write and the host's to read", func(t *testing.T) {
+		log := filepath.Join(dir, "termination")
+		writeFile(t, log, "")
+		if err := os.Chmod(log, 0o666); err != nil {
+			t.Fatal(err)
+		}
+		r := p.Run(t, "says-why", cri.FreshLog, volume(log, "/dev/termination-log", false), cri.Command("/bin/write", "/dev/termination-log", "no reason"))
+		if b, err := os.ReadFile(log); err != nil || string(b) != "no reason\n" || r.Code != 0 {
+			t.Errorf("%q, %v, %+v", b, err, r)
+		}
+	})
+	t.Run("mount_options are the mount's", func(t *testing.T) {
+		st, err := suite.Status(cri.Timeout(t, cri.CallTimeout), &runtimeapi.StatusRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !st.GetFeatures().GetMountOptions() {
+			t.Skip("the runtime says that it has none")
+		}
+		mounts := p.Run(t, "options", cri.FreshLog, volume(dir+"/rw", "/plain", false), cri.Command("/bin/cat", "/proc/self/mounts"),
+			cri.Mount(&runtimeapi.Mount{HostPath: dir + "/rw", ContainerPath: "/options", MountOptions: []string{"noexec", "nosuid"}}))
+		var plain, options string
+		for line := range strings.Lines(mounts.Stdout) {
+			switch f := strings.Fields(line); f[1] {
+			case "/plain":
+				plain = f[3]
+			case "/options":
+				options = f[3]
+			}
+		}
+		if plain == "" || strings.Contains(plain, "noexec") || !strings.Contains(options, "noexec") || !strings.Contains(options, "nosuid") {
+			t.Errorf("without %q, with %q: %+v", plain, options, mounts)
+		}
+	})
 	t.Run("a missing host path is refused", func(t *testing.T) { // T29
 		ctr, err := p.CreateContext(t.Context(), "missing", volume(dir+"/nothing", "/mnt", false))
 		if err == nil {

@@ -83,6 +83,7 @@ func podFilters(t *testing.T, p *cri.Pod, state runtimeapi.PodSandboxState) {
 	}{
 		{"none", nil, true},
 		{"id", &runtimeapi.PodSandboxFilter{Id: p.ID}, true},
+		{"the beginning of its id", &runtimeapi.PodSandboxFilter{Id: p.ID[:13]}, true},
 		{"other id", &runtimeapi.PodSandboxFilter{Id: "zzz"}, false},
 		{"its state", &runtimeapi.PodSandboxFilter{State: &runtimeapi.PodSandboxStateValue{State: state}}, true},
 		{"another state", &runtimeapi.PodSandboxFilter{State: &runtimeapi.PodSandboxStateValue{State: other}}, false},

@@ -43,6 +43,23 @@ func TestRuntimeInfo(t *testing.T) {
 		}
 		t.Errorf("no default among the runtime handlers %v", r.GetRuntimeHandlers())
 	})
+	t.Run("Status says what there is, which other tests use", func(t *testing.T) {
+		if suite.daemon == nil {
+			t.Skip("a promise of this runtime")
+		}
+		r, err := suite.Status(ctx, &runtimeapi.StatusRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if f := r.GetFeatures(); !f.GetSupplementalGroupsPolicy() || !f.GetMountOptions() {
+			t.Errorf("%v", f)
+		}
+		for _, h := range r.GetRuntimeHandlers() {
+			if f := h.GetFeatures(); !f.GetRecursiveReadOnlyMounts() || !f.GetUserNamespaces() {
+				t.Errorf("handler %q: %v", h.GetName(), f)
+			}
+		}
+	})
 	t.Run("RuntimeConfig names a cgroup driver", func(t *testing.T) {
 		r, err := suite.RuntimeConfig(ctx, &runtimeapi.RuntimeConfigRequest{})
 		if err != nil || r.GetLinux() == nil {
