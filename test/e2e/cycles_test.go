@@ -3,6 +3,7 @@
 package e2e_test
 
 import (
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -13,10 +14,15 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
 // make test-long takes 200 (T46).
-var cycles = flag.Int("cycles", 4, "how many pods TestPodCycles runs and removes")
+var (
+	cycles   = flag.Int("cycles", 4, "how many pods TestPodCycles runs and removes")
+	restarts = flag.Int("restarts", 10, "how often TestRestartsOfAContainer starts it anew")
+)
 
 // The daemon holds nothing of a pod that is gone: goroutines, descriptors and
 // memory are flat however many there were.
@@ -62,6 +68,65 @@ func TestPodCycles(t *testing.T) {
 	if after.goroutines > before.goroutines+5 || after.descriptors > before.descriptors+5 {
 		t.Errorf("after 2 pods %+v, after %d more %+v", before, *cycles, after)
 	}
+}
+
+// T38: however often a container of a pod is started anew, the pod holds no more of it:
+// not its files in virtiofsd and the shim, not its mounts, not its layers' loop
+// devices.
+func TestRestartsOfAContainer(t *testing.T) {
+	p := sharedPodOf(t)
+	dir := filepath.Join(suite.base, "restarted")
+	if err := os.Mkdir(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	restart := func(n int) {
+		t.Helper()
+		for i := range n {
+			id := p.create(t, "restarted", asRoot, command("/bin/write", fmt.Sprintf("/data/%d", i), "x"),
+				mount(&runtimeapi.Mount{HostPath: dir, ContainerPath: "/data"}), mount(&runtimeapi.Mount{HostPath: dir, ContainerPath: "/ro", Readonly: true}))
+			p.startContainer(t, id)
+			if st := p.waitExit(t, id, 30*time.Second); st.GetExitCode() != 0 {
+				t.Fatalf("restart %d: %v", i, st)
+			}
+			p.removeContainer(t, id)
+		}
+	}
+	held := func() map[string]int {
+		t.Helper()
+		shim, err := shimOf(p.id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := map[string]int{"loop devices": strings.Count(p.output(t, p.idle, "/bin/ls", "/sys/block"), "loop")}
+		for _, q := range append(descendants(shim.PID), shim) {
+			if q.State == 'Z' {
+				continue
+			}
+			dir := filepath.Join("/proc", strconv.Itoa(q.PID))
+			fds, err := os.ReadDir(filepath.Join(dir, "fd"))
+			mounts, merr := os.ReadFile(filepath.Join(dir, "mountinfo"))
+			if err := errors.Join(err, merr); err != nil {
+				t.Fatal(err)
+			}
+			n["descriptors of "+q.Name] += len(fds)
+			n["mounts of "+q.Name] += strings.Count(string(mounts), "\n")
+		}
+		return n
+	}
+	restart(4)
+	before := held()
+	restart(*restarts)
+	// A stream's last descriptor may be there for a moment.
+	eventually(t, 10*time.Second, "the pod to hold what it did", func() error {
+		after := held()
+		for what, n := range after {
+			if n > before[what]+2 {
+				return fmt.Errorf("%d %s after %d restarts, %d before", n, what, *restarts, before[what])
+			}
+		}
+		t.Logf("before %v, after %v", before, after)
+		return nil
+	})
 }
 
 // footprint is what a daemon holds.
