@@ -112,30 +112,40 @@ func TestRunUndoes(t *testing.T) {
 // A start whose clean-up fails, too, is cured without a restart.
 func TestCleanUpFails(t *testing.T) {
 	e := newFakeEnv(t)
-	nw := e.o.Network.(*fakeNetwork)
-	set := func(err error) {
-		nw.mu.Lock()
-		nw.fail, nw.down = err, err
-		nw.mu.Unlock()
-	}
-	set(errors.New("CNI is broken"))
+	e.breakCNI(errors.New("CNI is broken"))
 	_, err := e.pods.Run(t.Context(), podConfig("p"), "")
 	pods := e.pods.List()
 	if err == nil || len(pods) != 1 || !strings.Contains(err.Error(), pods[0].ID()) {
 		t.Fatalf("%v, pods %v", err, pods)
 	}
-	if s := pods[0].Status(); s.Ready || !strings.Contains(s.Reason, "CNI is broken") {
-		t.Errorf("%+v", s)
+	e.cure("p")
+}
+
+// breakCNI lets networks neither be made nor be removed; nil mends that.
+func (e *env) breakCNI(err error) {
+	nw := e.o.Network.(*fakeNetwork)
+	nw.mu.Lock()
+	defer nw.mu.Unlock()
+	nw.fail, nw.down = err, err
+}
+
+// cure removes the one pod, of that name, which could not be undone while CNI was
+// broken.
+func (e *env) cure(name string) {
+	e.t.Helper()
+	p := e.pods.List()[0]
+	if s := p.Status(); s.Ready || !strings.Contains(s.Reason, "CNI is broken") {
+		e.t.Errorf("%+v", s)
 	}
-	if err := pods[0].Remove(t.Context()); err == nil {
-		t.Error("Remove succeeded while CNI was broken")
+	if err := p.Remove(e.t.Context()); err == nil {
+		e.t.Error("Remove succeeded while CNI was broken")
 	}
-	set(nil)
-	if err := pods[0].Remove(t.Context()); err != nil {
-		t.Error(err)
+	e.breakCNI(nil)
+	if err := p.Remove(e.t.Context()); err != nil {
+		e.t.Error(err)
 	}
 	e.checkNothingLeft()
-	e.run("p")
+	e.run(name)
 }
 
 // T10: what a daemon that starts can't undo is a pod that can be removed later,
@@ -154,30 +164,15 @@ func TestOpenCannotUndo(t *testing.T) {
 			if err := rec.write(p.dir); err != nil {
 				t.Fatal(err)
 			}
-			nw := e.o.Network.(*fakeNetwork)
-			set := func(err error) {
-				nw.mu.Lock()
-				nw.down = err
-				nw.mu.Unlock()
-			}
-			set(errors.New("CNI is broken"))
+			e.breakCNI(errors.New("CNI is broken"))
 			e.open()
-			pods := e.pods.List()
-			if len(pods) != 1 || pods[0].Status().Ready || !strings.Contains(pods[0].Status().Reason, "CNI is broken") {
-				t.Fatalf("pods %v", pods)
+			if n := len(e.pods.List()); n != 1 {
+				t.Fatalf("%d pods", n)
 			}
 			if _, err := e.pods.Run(t.Context(), podConfig("half"), ""); !errdefs.IsAlreadyExists(err) || !strings.Contains(err.Error(), p.ID()) {
 				t.Errorf("its name: %v", err)
 			}
-			if err := pods[0].Remove(t.Context()); err == nil {
-				t.Error("Remove succeeded while CNI was broken")
-			}
-			set(nil)
-			if err := pods[0].Remove(t.Context()); err != nil {
-				t.Error(err)
-			}
-			e.checkNothingLeft()
-			e.run("half")
+			e.cure("half")
 		})
 	}
 }
