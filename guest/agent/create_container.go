@@ -104,6 +104,12 @@ func (a *Agent) create(c *ctr, sb *sandbox, r *api.CreateContainerRequest) error
 	if c.writable, err = a.scratch.makeWritable(c.number); err != nil {
 		return fmt.Errorf("writable layer: %w", err)
 	}
+	if len(c.layers) == 0 {
+		// The root directory looks like the topmost layer's, if there is one.
+		if err := sb.ids.giveToRoot(c.writable.upper()); err != nil {
+			return fmt.Errorf("writable layer: %w", err)
+		}
+	}
 	if err := a.layers.mountOverlay(c.layers, c.writable, rootfs); err != nil {
 		return err
 	}

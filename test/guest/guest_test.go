@@ -4,6 +4,7 @@ package guest_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -965,6 +966,20 @@ func TestUserNamespace(t *testing.T) {
 	}
 	if got, code := v.exec("a", "e", "/probe", "write", "/proc/self/oom_score_adj", "-1"); code == 0 || !strings.Contains(got, "denied") {
 		t.Errorf("an exec made itself safer from the OOM killer: %q, %d", got, code)
+	}
+	// An image without layers, whose program comes with a volume: "/" is its root's.
+	program, err := os.ReadFile(filepath.Join(v.dir, "probe"))
+	if err == nil {
+		err = errors.Join(os.Mkdir(filepath.Join(v.vols, "tools"), 0o755), os.WriteFile(filepath.Join(v.vols, "tools", "probe"), program, 0o755))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	s = spec()
+	s.Process.Args = []string{"/tools/probe", "write", "/new", "x"}
+	s.Mounts = append(s.Mounts, specs.Mount{Destination: "/tools", Type: "bind", Source: "volume://tools", Options: []string{"rbind", "ro"}})
+	if got, w := v.run(request("bare", nil), s); w.ExitCode != 0 {
+		t.Errorf("an image without layers: %q, %v", got, w)
 	}
 	// T37: the guest's device, whatever its name in the container.
 	s = spec("read", "/dev/empty")
