@@ -204,7 +204,8 @@ var messages = []message{
 		{field: "uidMappings: not those of the pod's user namespace, and gidMappings likewise", reason: "its files would be nobody's", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/tmp", UidMappings: oneMapping, GidMappings: oneMapping})},
 		{field: "recursive_read_only: without readonly, or with propagation", reason: "as the CRI demands", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/tmp", RecursiveReadOnly: true})},
 		{field: "image: beside host_path", reason: "they exclude each other", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/tmp", Image: &runtimeapi.ImageSpec{Image: "i"}})},
-		{field: "image_sub_path: without image, or leading out of it", reason: "it names a place in the image", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", Image: &runtimeapi.ImageSpec{Image: "i"}, ImageSubPath: "../x"})},
+		{field: "readonly: not set beside image", reason: "an image is never written to", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", Image: &runtimeapi.ImageSpec{Image: "i"}})},
+		{field: "image_sub_path: without image, or leading out of it", reason: "it names a place in the image", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", Readonly: true, Image: &runtimeapi.ImageSpec{Image: "i"}, ImageSubPath: "../x"})},
 		{field: "mount_options: other than noexec, nodev and nosuid", reason: "nothing else is known to be safe", container: mounts(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/tmp", MountOptions: []string{"suid"}})},
 	}, accepted: []meaning{
 		{"selinux_relabel", "none: the guest has no SELinux policy"},

@@ -351,6 +351,8 @@ func (t *translation) mounts(pod *runtimeapi.PodSandboxConfig, c *runtimeapi.Con
 			return refuse(at+".propagation", "BIDIRECTIONAL can't be had: a mount made in the pod's VM can't appear on the node")
 		case m.GetImage().GetImage() != "" && m.GetHostPath() != "":
 			return refuse(at+".host_path", "must be empty beside image")
+		case m.GetImage().GetImage() != "" && !m.GetReadonly():
+			return refuse(at+".readonly", "must be set beside image: an image is never written to")
 		case m.GetImage().GetImage() == "" && m.GetImageSubPath() != "":
 			return refuse(at+".image_sub_path", "needs image")
 		case m.GetImageSubPath() != "" && !filepath.IsLocal(m.GetImageSubPath()):
