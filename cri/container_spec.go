@@ -16,6 +16,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	guestapi "github.com/cri-vz/cri-vz/guest/api"
+	"github.com/cri-vz/cri-vz/sandbox"
 	shimapi "github.com/cri-vz/cri-vz/sandbox/shim/api"
 )
 
@@ -90,7 +91,7 @@ func translate(pod *runtimeapi.PodSandboxConfig, c *runtimeapi.ContainerConfig, 
 		t.spec.Linux.Resources.Devices = []specs.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}
 	}
 	for _, step := range []func() error{
-		func() error { return t.process(c, img) },
+		func() error { return t.process(pod, c, img) },
 		func() error { return t.identity(pod, sc, img) },
 		func() error { return t.capabilities(sc) },
 		func() error { return t.pidNamespace(pod, ns) },
@@ -107,7 +108,7 @@ func translate(pod *runtimeapi.PodSandboxConfig, c *runtimeapi.ContainerConfig, 
 	return t, nil
 }
 
-func (t *translation) process(c *runtimeapi.ContainerConfig, img *v1.ConfigFile) error {
+func (t *translation) process(pod *runtimeapi.PodSandboxConfig, c *runtimeapi.ContainerConfig, img *v1.ConfigFile) error {
 	// The CRI's command replaces the image's entrypoint together with its
 	// arguments; its args replace the arguments alone.
 	args := append(slices.Clone(c.GetCommand()), c.GetArgs()...)
@@ -122,7 +123,8 @@ func (t *translation) process(c *runtimeapi.ContainerConfig, img *v1.ConfigFile)
 	if len(args) == 0 || args[0] == "" {
 		return refuse("config.command", "is empty, and the image has neither entrypoint nor command")
 	}
-	env := mergeEnv([]string{defaultPath}, img.Config.Env)
+	// Docker began to set HOSTNAME, and scripts have come to rely on it.
+	env := mergeEnv([]string{defaultPath, "HOSTNAME=" + sandbox.Hostname(pod)}, img.Config.Env)
 	if c.GetTty() {
 		env = mergeEnv(env, []string{"TERM=xterm"})
 	}

@@ -34,7 +34,7 @@ func container(edit func(*runtimeapi.ContainerConfig)) *runtimeapi.ContainerConf
 
 func mustTranslate(t *testing.T, c *runtimeapi.ContainerConfig) *translation {
 	t.Helper()
-	tr, err := translate(&runtimeapi.PodSandboxConfig{}, c, testImage)
+	tr, err := translate(&runtimeapi.PodSandboxConfig{Hostname: "pod"}, c, testImage)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -69,7 +69,7 @@ func TestEnvironmentAndDirectory(t *testing.T) {
 		c.Envs = []*runtimeapi.KeyValue{{Key: "B", Value: []byte("own")}, {Key: "C", Value: []byte("a=b\xff")}}
 		c.Tty = true
 	})).spec.Process
-	want := []string{defaultPath, "A=image", "B=own", "TERM=xterm", "C=a=b\xff"}
+	want := []string{defaultPath, "HOSTNAME=pod", "A=image", "B=own", "TERM=xterm", "C=a=b\xff"}
 	if !slices.Equal(p.Env, want) {
 		t.Errorf("env %q, want %q", p.Env, want)
 	}

@@ -93,21 +93,22 @@ func (s Size) checkHugepages(r *runtimeapi.LinuxContainerResources) error {
 	return nil
 }
 
+// Hostname is a pod's: a label of at most 63 characters; kubelet cuts so, too.
+func Hostname(cfg *runtimeapi.PodSandboxConfig) string {
+	name := cmp.Or(cfg.GetHostname(), cfg.GetMetadata().GetName())
+	return name[:min(len(name), 63)]
+}
+
 // sandboxSetUp is what the agent needs to know of the pod.
 func sandboxSetUp(c Class, cfg *runtimeapi.PodSandboxConfig, net *network.Result) (*guestapi.SetUpSandboxRequest, error) {
 	sec := cfg.GetLinux().GetSecurityContext()
 	ns := sec.GetNamespaceOptions()
 	req := &guestapi.SetUpSandboxRequest{
-		Hostname: cfg.GetHostname(),
+		Hostname: Hostname(cfg),
 		PidMode:  guestapi.NamespaceMode(ns.GetPid()),
 		Sysctls:  cfg.GetLinux().GetSysctls(),
 		PidsMax:  c.PidsMax,
 	}
-	if req.Hostname == "" {
-		req.Hostname = cfg.GetMetadata().GetName()
-	}
-	// A hostname is a label of at most 63 characters; kubelet cuts so, too.
-	req.Hostname = req.Hostname[:min(len(req.Hostname), 63)]
 	if u := ns.GetUsernsOptions(); u.GetMode() == runtimeapi.NamespaceMode_POD {
 		for _, m := range u.GetUids() {
 			req.UidMappings = append(req.UidMappings, idMapping(m))

@@ -98,6 +98,8 @@ func TestSecurityContext(t *testing.T) {
 		{"working_dir", []cri.Option{cri.Command("/bin/pwd"), func(c *runtimeapi.ContainerConfig) { c.WorkingDir = "/tmp" }}, `^/tmp\n$`, 0},
 		{"the working directory is the image's", []cri.Option{cri.Command("/bin/pwd")}, `^/app\n$`, 0},
 		{"the environment is the image's and the request's", []cri.Option{cri.Command("/bin/env"), cri.Env("PORT", "80"), cri.Env("OWN", "a=b c")}, `(?s)OWN=a=b c\n.*PATH=/usr/local/sbin.*PORT=80\n`, 0},
+		{"HOSTNAME is the pod's", []cri.Option{cri.Command("/bin/env")}, `(^|\n)HOSTNAME=shared-pod\n`, 0},
+		{"HOSTNAME is the request's, if it says so", []cri.Option{cri.Command("/bin/env"), cri.Env("HOSTNAME", "mine")}, `(^|\n)HOSTNAME=mine\n`, 0},
 		{"environment values are bytes", []cri.Option{cri.Command("/bin/env"), cri.Env("OWN", "\xff\x80 x")}, `OWN=[^a-z ]{2} x\n`, 0},
 		// T26
 		{"devpts, mqueue and a read-only /sys are mounted", []cri.Option{cri.Command("/bin/cat", "/proc/mounts")}, `(?s)\ndevpts /dev/pts .*\nmqueue /dev/mqueue .*\nsysfs /sys sysfs ro,`, 0},
