@@ -169,8 +169,10 @@ func parseSetup(r *api.SetUpSandboxRequest, ids *idMaps) (*podSetup, error) {
 		}
 		s.Routes = append(s.Routes, p)
 	}
-	// As containerd does: ping works without a capability.
+	// As under other runtimes: ping works without a capability, and so do ports below
+	// 1024, which are no privilege where nobody shares the address.
 	s.Sysctls["net.ipv4.ping_group_range"] = "0 " + strconv.Itoa(ids.lastGroup())
+	s.Sysctls["net.ipv4.ip_unprivileged_port_start"] = "0"
 	for name, value := range r.Sysctls {
 		if _, err := sysctlPath(name); err != nil {
 			return nil, err

@@ -234,6 +234,10 @@ func TestContainersOfOnePod(t *testing.T) {
 			t.Errorf("the neighbour's log has %+v", log)
 		}
 	})
+	t.Run("a port below 1024, for whoever asks", func(t *testing.T) {
+		id := p.Start(t, "low-port", cri.Command("/bin/tcp-echo", "81"))
+		cri.WaitForLog(t, p.Container(t, id).GetLogPath(), "listening")
+	})
 	t.Run("not their files", func(t *testing.T) {
 		p.Output(t, p.Idle, "/bin/write", "/tmp/mine", "x")
 		if r := p.Run(t, "apart", cri.Command("/bin/ls", "/tmp"), cri.FreshLog); r.Stdout != "" {
