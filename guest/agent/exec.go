@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/cri-vz/cri-vz/guest/agent/container"
@@ -75,6 +76,10 @@ func (a *Agent) exec(ctx context.Context, sb *sandbox, c *ctr, spec *specs.Spec,
 	command.Args = r.Args
 	command.Env = append(append([]string(nil), command.Env...), r.Env...)
 	command.Terminal = r.Tty
+	if r.Tty && !slices.ContainsFunc(command.Env, func(e string) bool { return strings.HasPrefix(e, "TERM=") }) {
+		// What containers with a terminal have, and editors and the like insist on.
+		command.Env = append(command.Env, "TERM=xterm")
+	}
 	command.ConsoleSize = &specs.Box{Width: uint(r.Width), Height: uint(r.Height)}
 	if r.Cwd != "" {
 		command.Cwd = r.Cwd

@@ -134,6 +134,11 @@ func execOver(t *testing.T, protocol cri.Protocol) {
 			t.Errorf("%+v, %v", r, err)
 		}
 	})
+	t.Run("a terminal has a TERM", func(t *testing.T) {
+		if r, err := open(t, true, true, "/bin/env").Finish(10 * time.Second); err != nil || !strings.Contains(r.Stdout, "TERM=xterm\r\n") {
+			t.Errorf("%+v, %v", r, err)
+		}
+	})
 	t.Run("a terminal has the client's size", func(t *testing.T) {
 		s := open(t, true, true, "/bin/cat")
 		cri.Eventually(t, 5*time.Second, "the size of a terminal", func() error {
