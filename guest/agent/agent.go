@@ -267,6 +267,7 @@ type process struct {
 	status   int32       // after exited
 	exitedAt time.Time
 	oom      bool
+	amiss    string // what the host should know of its end
 	dropOnce sync.Once
 }
 

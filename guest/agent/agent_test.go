@@ -342,6 +342,25 @@ func TestExecsAtOnce(t *testing.T) {
 	all.Wait()
 }
 
+// TestVolumesAreNotSynced: the host is told that it may miss a container's last
+// writes (T35).
+func TestVolumesAreNotSynced(t *testing.T) {
+	h := newHost(t)
+	h.image("img")
+	h.sandboxWith(api.NamespaceMode_POD)
+	h.create("a", &api.CreateContainerRequest{PidMode: api.NamespaceMode_POD}, "exit 0")
+	c, err := h.container("a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.volumes = []string{"/no/such/volume"}
+	h.start("a")
+	if w := h.wait("a", ""); w.ExitCode != 0 || !strings.Contains(w.Message, "/no/such/volume") {
+		t.Errorf("%v", w)
+	}
+	c.volumes = nil
+}
+
 // TestExecRemovedWhileItStarts: a caller that gives up leaves no process that nobody
 // knows of.
 func TestExecRemovedWhileItStarts(t *testing.T) {

@@ -21,7 +21,7 @@ func (a *Agent) Wait(ctx context.Context, r *api.WaitRequest) (*api.WaitResponse
 	case <-ctx.Done():
 		return nil, fmt.Errorf("wait for the end of container %q, process %q: %w", r.Id, r.ExecId, ctx.Err())
 	}
-	return &api.WaitResponse{ExitCode: p.status, ExitedAt: p.exitedAt.UnixNano(), OomKilled: p.oom}, nil
+	return &api.WaitResponse{ExitCode: p.status, ExitedAt: p.exitedAt.UnixNano(), OomKilled: p.oom, Message: p.amiss}, nil
 }
 
 // Signal signals a process. SIGKILL to an exec ends all that it has forked.

@@ -58,6 +58,7 @@ func (a *Agent) StartContainer(ctx context.Context, r *api.StartContainerRequest
 		}
 		if err := c.syncVolumes(); err != nil {
 			a.log.Printf("container %s: %v", c.id, err)
+			p.amiss = err.Error()
 		}
 		p.oom = c.cgroup.flat("memory.events")["oom_kill"] > 0
 		c.mu.Lock()

@@ -1367,6 +1367,7 @@ type WaitResponse struct {
 	ExitCode      int32                  `protobuf:"varint,1,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`    // 128+n when a signal n ended it
 	ExitedAt      int64                  `protobuf:"varint,2,opt,name=exited_at,json=exitedAt,proto3" json:"exited_at,omitempty"`    // unix nanoseconds, the guest's clock
 	OomKilled     bool                   `protobuf:"varint,3,opt,name=oom_killed,json=oomKilled,proto3" json:"oom_killed,omitempty"` // the kernel's OOM killer struck in this container
+	Message       string                 `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`                       // what is amiss although it has ended; empty: nothing
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1420,6 +1421,13 @@ func (x *WaitResponse) GetOomKilled() bool {
 		return x.OomKilled
 	}
 	return false
+}
+
+func (x *WaitResponse) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
 }
 
 type SignalRequest struct {
@@ -2899,12 +2907,13 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"\x03pid\x18\x01 \x01(\rR\x03pid\"6\n" +
 	"\vWaitRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
-	"\aexec_id\x18\x02 \x01(\tR\x06execId\"g\n" +
+	"\aexec_id\x18\x02 \x01(\tR\x06execId\"\x81\x01\n" +
 	"\fWaitResponse\x12\x1b\n" +
 	"\texit_code\x18\x01 \x01(\x05R\bexitCode\x12\x1b\n" +
 	"\texited_at\x18\x02 \x01(\x03R\bexitedAt\x12\x1d\n" +
 	"\n" +
-	"oom_killed\x18\x03 \x01(\bR\toomKilled\"b\n" +
+	"oom_killed\x18\x03 \x01(\bR\toomKilled\x12\x18\n" +
+	"\amessage\x18\x04 \x01(\tR\amessage\"b\n" +
 	"\rSignalRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
 	"\aexec_id\x18\x02 \x01(\tR\x06execId\x12\x16\n" +

@@ -534,6 +534,10 @@ func (s *Shim) supervise(a *agent, c *container, outs []*output) {
 				st.Message = s.diskError
 				s.mu.Unlock()
 			}
+			if amiss := r.resp.GetMessage(); amiss != "" && st.Message == "" {
+				st.Message = escape(amiss, 512)
+				klog.InfoS("A container's end leaves something amiss", "pod", s.cfg.ID, "container", c.id, "message", st.Message)
+			}
 		}
 	})
 	close(c.exited)

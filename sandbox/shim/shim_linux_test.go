@@ -402,6 +402,16 @@ func TestStopContainer(t *testing.T) {
 	}
 }
 
+// T35: what the guest couldn't write back of a container's volumes, its status says.
+func TestEndWithSomethingAmiss(t *testing.T) {
+	r := newRig(t, &shimtest.Driver{}, Timeouts{})
+	r.boot()
+	r.start("a", "unsynced")
+	if st := r.awaitExit("a"); st.GetExitCode() != 0 || st.GetReason() != ReasonCompleted || st.GetMessage() != `not written back\x1b[31m` {
+		t.Errorf("%v", st)
+	}
+}
+
 // T12: Stop always stops: past grace + 2 s the VM is killed.
 func TestStopKillsTheVM(t *testing.T) {
 	for _, deaf := range []bool{false, true} {

@@ -480,7 +480,11 @@ func (m *Machine) Wait(ctx context.Context, r *guestapi.WaitRequest) (*guestapi.
 		if err := m.answer(ctx); err != nil {
 			return nil, err
 		}
-		return &guestapi.WaitResponse{ExitCode: p.code, ExitedAt: p.at, OomKilled: p.arg(1) == "oom"}, nil
+		resp := &guestapi.WaitResponse{ExitCode: p.code, ExitedAt: p.at, OomKilled: p.arg(1) == "oom"}
+		if p.arg(1) == "unsynced" {
+			resp.Message = "not written back\x1b[31m"
+		}
+		return resp, nil
 	case <-m.done:
 		return nil, errors.New("gone")
 	}
