@@ -189,7 +189,8 @@ var messages = []message{
 		{field: "stop_signal: unknown", reason: "no signal of Linux", container: func(c *runtimeapi.ContainerConfig) { c.StopSignal = 99 }},
 	}},
 	{name: "ContainerMetadata", honoured: "name attempt"},
-	{name: "ImageSpec", honoured: "image user_specified_image runtime_handler image_ref", accepted: []meaning{
+	{name: "ImageSpec", honoured: "image user_specified_image runtime_handler", accepted: []meaning{
+		{"image_ref", "none in a request: a container's status has it, for its image volumes"},
 		{"annotations", "none: the platform of an image is the guest's"},
 	}},
 	{name: "KeyValue", honoured: "key value", refused: []refusal{
