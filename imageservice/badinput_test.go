@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -232,6 +233,7 @@ func TestLayerContent(t *testing.T) {
 		{name: "xattrs too long", entries: []images.Entry{xattrs(images.File("f", 0o644, "x"), "user.a", strings.Repeat("x", 5000))}, bad: "extended attributes"},
 		{name: "lost+found is a file", entries: []images.Entry{images.File("lost+found", 0o644, "x")}, bad: "lost+found"},
 		{name: "too many entries", entries: slices.Repeat([]images.Entry{images.Dir("d/", 0)}, 200), bad: "more than 100 entries"},
+		{name: "too many implied directories", entries: []images.Entry{images.File(strings.Repeat("a/", 60)+"f", 0o644, "x"), images.File(strings.Repeat("b/", 60)+"f", 0o644, "x")}, bad: "more than 100 entries"},
 		{name: "too long", entries: []images.Entry{images.File("f", 0o644, strings.Repeat("x", 2<<20))}, bad: "longer than 1048576"},
 
 		{name: "absolute names are the image's root", entries: []images.Entry{images.Dir("/", 0o711), images.Dir("/var", 0o755), images.File("/var/x", 0o644, "ko")}, want: expect{"cat /var/x": "ko", "stat /": "Mode:  0711"}},
@@ -311,6 +313,75 @@ func TestDecompressionBomb(t *testing.T) {
 		t.Errorf("error %v", err)
 	}
 	wantEmpty(t, s)
+}
+
+// What a path implies takes memory as entries do, also while a layer is planned.
+func TestPlanIsBounded(t *testing.T) {
+	layer, err := images.Tar(images.File("f", 0o644, "1"), images.File("f", 0o644, "2"),
+		images.File(strings.Repeat("a/", 60)+"f", 0o644, "x"), images.File(strings.Repeat("b/", 60)+"f", 0o644, "x"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := planLayer(bytes.NewReader(layer), &Limits{LayerEntries: 100}); err == nil || !strings.Contains(err.Error(), "more than 100 entries") {
+		t.Errorf("124 entries and implied directories: %v", err)
+	}
+	if _, err := planLayer(bytes.NewReader(layer), &Limits{LayerEntries: 130}); err != nil {
+		t.Error(err)
+	}
+}
+
+// The holes of a sparse file take no bytes of the tar and all of them on disk.
+func TestSparseBomb(t *testing.T) {
+	// Half of the layer's bytes are in its other file, so that it is not the tar
+	// that expands.
+	noise := make([]byte, 64<<10)
+	rand.NewChaCha8([32]byte{}).Read(noise)
+	layer, err := images.Tar(images.Entry{Header: tar.Header{Name: "sparse", Mode: 0o644, Format: tar.FormatGNU}}, images.File("noise", 0o644, string(noise)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name string
+		size int64
+		bad  bool
+	}{{"hole", 8 << 20, false}, {"bomb", 64 << 20, true}} {
+		t.Run(tt.name, func(t *testing.T) {
+			layer := bytes.Clone(layer)
+			// The old GNU form: no data, and a real size (GNU tar manual, "Sparse Formats").
+			h := layer[:512]
+			h[156] = tar.TypeGNUSparse
+			copy(h[386:], fmt.Sprintf("%011o\x00%011o\x00", tt.size, 0))
+			copy(h[483:], fmt.Sprintf("%011o\x00", tt.size))
+			copy(h[148:156], "        ")
+			sum := 0
+			for _, b := range h {
+				sum += int(b)
+			}
+			copy(h[148:], fmt.Sprintf("%06o\x00 ", sum))
+			hash, _, err := v1.SHA256(bytes.NewReader(layer))
+			if err != nil {
+				t.Fatal(err)
+			}
+			s := newStore(t, func(c *Config) { c.Limits.ratioGrace = 1 << 20 })
+			got, err := loadFile(t, s, repack(t, "x.tar", []images.Entry{
+				images.File("c.json", 0o644, fmt.Sprintf(`{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[%q]}}`, hash)),
+				images.File("l.tar", 0o644, string(layer)), images.File("manifest.json", 0o644, `[{"Config":"c.json","RepoTags":["sparse:1"],"Layers":["l.tar"]}]`),
+			}))
+			if !tt.bad {
+				if err != nil {
+					t.Fatal(err)
+				}
+				if out := debugfs(t, got[0].Layers[0].Path, "stat /sparse"); !strings.Contains(out, fmt.Sprint("Size: ", tt.size)) {
+					t.Error(out)
+				}
+				return
+			}
+			if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "bomb") {
+				t.Errorf("error %v", err)
+			}
+			wantEmpty(t, s)
+		})
+	}
 }
 
 func TestUse(t *testing.T) {

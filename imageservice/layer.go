@@ -134,15 +134,21 @@ func convertLayer(ctx context.Context, blob io.Reader, out io.ReadWriteSeeker, d
 		return err
 	}
 	defer zr.Close()
+	expands := func(to int64) error {
+		if to > limits.LayerBytes {
+			return layerErrorf("it expands to more than %d bytes", limits.LayerBytes)
+		}
+		if to > limits.ratioGrace && to/limits.LayerRatio > compressed.Load() {
+			return layerErrorf("it expands more than %d fold, as a decompression bomb does", limits.LayerRatio)
+		}
+		return nil
+	}
 	var expanded int64
 	bounded := countReader{zr, func(n int64) { expanded += n }}
 	guard := readerFunc(func(p []byte) (int, error) {
 		n, err := bounded.Read(p)
-		if expanded > limits.LayerBytes {
-			return 0, layerErrorf("it expands to more than %d bytes", limits.LayerBytes)
-		}
-		if expanded > limits.ratioGrace && expanded/limits.LayerRatio > compressed.Load() {
-			return 0, layerErrorf("it expands more than %d fold, as a decompression bomb does", limits.LayerRatio)
+		if err := expands(expanded); err != nil {
+			return 0, err
 		}
 		return n, err
 	})
@@ -158,6 +164,7 @@ func convertLayer(ctx context.Context, blob io.Reader, out io.ReadWriteSeeker, d
 	// Result file systems are laid out for maxDiskBytes: without the option the
 	// writer stops at 16 GiB.
 	filter := newLayerTar(fan, limits, plan)
+	filter.expands = expands // holes of sparse files are in no tar
 	if err := tar2ext4.ConvertTarToExt4(filter, out, tar2ext4.ConvertWhiteout, tar2ext4.MaximumDiskSize(maxDiskBytes)); err != nil {
 		return err
 	}

@@ -77,6 +77,12 @@ func cleanEntryName(what, name string) (string, error) {
 	return strings.TrimPrefix(path.Clean("/"+name), "/"), nil
 }
 
+// tooManyEntries is also said of directories that no entry makes, but the paths of
+// others imply: 2,048 of them fit into one path, and each takes an inode.
+func tooManyEntries(most int) error {
+	return layerErrorf("it has more than %d entries, or directories that their paths imply", most)
+}
+
 // nextEntry reads the next entry that is content; io.EOF at the end.
 func nextEntry(tr *tar.Reader, index *int, maxEntries int) (layerEntry, error) {
 	for {
@@ -85,7 +91,7 @@ func nextEntry(tr *tar.Reader, index *int, maxEntries int) (layerEntry, error) {
 			return layerEntry{}, err
 		}
 		if *index++; *index > maxEntries {
-			return layerEntry{}, layerErrorf("it has more than %d entries", maxEntries)
+			return layerEntry{}, tooManyEntries(maxEntries)
 		}
 		if hdr.Typeflag == tar.TypeXGlobalHeader {
 			continue
@@ -200,9 +206,14 @@ type layerTar struct {
 	limits *Limits
 	plan   *layerPlan
 
-	index int
-	bytes int64
-	seen  map[string]entryKind
+	index   int
+	implied int   // directories in seen that no entry has made
+	bytes   int64 // of files, as their headers say
+	// written counts their content as it is handed out; expands, if set, may
+	// refuse it.
+	written int64
+	expands func(written int64) error
+	seen    map[string]entryKind
 	// out holds headers and padding that wait to be read; body bytes follow.
 	out  bytes.Buffer
 	body int64
@@ -225,7 +236,12 @@ func (l *layerTar) Read(p []byte) (int, error) {
 			return l.out.Read(p)
 		case l.body > 0:
 			n, err := l.tr.Read(p[:min(int64(len(p)), l.body)])
-			l.body -= int64(n)
+			l.body, l.written = l.body-int64(n), l.written+int64(n)
+			if l.expands != nil {
+				if err := l.expands(l.written); err != nil {
+					return 0, err
+				}
+			}
 			if l.body == 0 {
 				l.out.Write(zeros[:l.pad])
 				if err == io.EOF {
@@ -317,6 +333,9 @@ func (l *layerTar) place(e layerEntry) error {
 	for dir := path.Dir(e.path); e.path != "" && dir != "."; dir = path.Dir(dir) {
 		kind := l.seen[dir]
 		if kind == absent {
+			if l.implied++; l.index+l.implied > l.limits.LayerEntries {
+				return tooManyEntries(l.limits.LayerEntries)
+			}
 			l.seen[dir] = impliedDirectory
 			continue
 		}
@@ -406,7 +425,7 @@ func planLayer(r io.Reader, limits *Limits) (*layerPlan, error) {
 		delete(children, p)
 	}
 	tr := tar.NewReader(r)
-	index := 0
+	index, implied := 0, 0
 	for {
 		e, err := nextEntry(tr, &index, limits.LayerEntries)
 		if err == io.EOF {
@@ -438,6 +457,11 @@ func planLayer(r io.Reader, limits *Limits) (*layerPlan, error) {
 				break
 			}
 			if children[dir] == nil {
+				if _, ok := owners[dir]; !ok {
+					if implied++; index+implied > limits.LayerEntries {
+						return nil, tooManyEntries(limits.LayerEntries)
+					}
+				}
 				children[dir] = map[string]bool{}
 			}
 			if children[dir][p] {

@@ -21,10 +21,11 @@ type Limits struct {
 	// LayerBytes caps one layer, compressed and uncompressed alike; default
 	// 32 GiB. The ext4 writer is wrong for single files above 42 GiB.
 	LayerBytes int64
-	// LayerRatio caps uncompressed to compressed bytes past the first 256 MiB;
-	// default 250. Real layers stay below 20.
+	// LayerRatio caps uncompressed to compressed bytes past the first 256 MiB, the
+	// holes of sparse files included; default 250. Real layers stay below 20.
 	LayerRatio int64
-	// LayerEntries caps the tar entries of one layer; default 1,048,576.
+	// LayerEntries caps the tar entries of one layer, together with the directories
+	// that their paths imply; default 1,048,576.
 	LayerEntries int
 	// ArchiveEntries caps the entries of an archive that is loaded; default
 	// 65,536: 500 images of 127 layers.
