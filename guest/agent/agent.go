@@ -253,6 +253,7 @@ type ctr struct {
 type process struct {
 	stdio  *stdio
 	child  [3]*os.File // the process's ends until it starts
+	devpts *os.File    // likewise, of a container with a terminal; may be nil
 	cgroup cgroup      // of an exec
 
 	// started is closed when pid and pidfd are set, exited when the process has
@@ -284,11 +285,19 @@ func (p *process) discard() {
 	p.dropOnce.Do(func() {
 		close(p.drop)
 		p.stdio.close()
-		closeFiles(p.child[:])
+		p.closeChild()
 		if p.hasStarted() {
 			p.pidfd.Close()
 		}
 	})
+}
+
+// closeChild closes what is the process's alone once it has been forked.
+func (p *process) closeChild() {
+	closeFiles(p.child[:])
+	if p.devpts != nil {
+		p.devpts.Close()
+	}
 }
 
 func (p *process) hasStarted() bool { return isDone(p.started) }

@@ -159,7 +159,13 @@ func (a *Agent) create(c *ctr, sb *sandbox, r *api.CreateContainerRequest) error
 	if err := sb.ids.mayForkInto(a.paths.cgroup, c.cgroup); err != nil {
 		return err
 	}
-	p, err := a.newStdio(r.Tty, r.Stdin, spec.Process.ConsoleSize, sb.ids)
+	var p *process
+	if r.Tty {
+		p, err = ownTerminal(&spec, sb.ids)
+	}
+	if p == nil && err == nil {
+		p, err = a.newStdio(r.Tty, r.Stdin, spec.Process.ConsoleSize, sb.ids)
+	}
 	if err != nil {
 		return fmt.Errorf("standard streams: %w", err)
 	}
@@ -181,15 +187,33 @@ func (a *Agent) newStdio(tty, stdin bool, size *specs.Box, ids *idMaps) (*proces
 		}
 		return ids.owned(newProcess(s, child))
 	}
-	var width, height uint32
-	if size != nil {
-		width, height = uint32(min(size.Width, 0xffff)), uint32(min(size.Height, 0xffff))
-	}
-	s, slave, err := newTerminal(a.paths.devpts, width, height)
+	s, slave, err := newTerminal(a.paths.devpts, size)
 	if err != nil {
 		return nil, err
 	}
 	return ids.owned(newProcess(s, [3]*os.File{slave, slave, slave}))
+}
+
+// ownTerminal makes a process with a terminal of the devpts that the container will
+// have, so that it has a name there. Nil if the spec mounts none.
+func ownTerminal(spec *specs.Spec, ids *idMaps) (*process, error) {
+	devpts, err := container.NewTerminals(spec, ids.hostGroup)
+	if devpts == nil || err != nil {
+		return nil, err
+	}
+	var s *stdio
+	var slave *os.File
+	fd, err := unix.Openat(int(devpts.Fd()), "ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err == nil {
+		s, slave, err = terminal(fd, spec.Process.ConsoleSize)
+	}
+	if err != nil {
+		devpts.Close()
+		return nil, fmt.Errorf("terminal of the container's devpts: %w", err)
+	}
+	p := newProcess(s, [3]*os.File{slave, slave, slave})
+	p.devpts = devpts
+	return ids.owned(p)
 }
 
 // choosePID decides which pid namespace the container has.

@@ -95,7 +95,7 @@ func (a *Agent) exec(ctx context.Context, sb *sandbox, c *ctr, spec *specs.Spec,
 	var p *process
 	var err error
 	if r.Tty {
-		if s, slave, terr := containerTerminal(init, r.Width, r.Height); terr == nil {
+		if s, slave, terr := containerTerminal(init, command.ConsoleSize); terr == nil {
 			p, err = sb.ids.owned(newProcess(s, [3]*os.File{slave, slave, slave}))
 		} else {
 			// An image without a devpts has terminals too, without a name.

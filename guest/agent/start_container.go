@@ -112,6 +112,10 @@ func (a *Agent) launch(ctx context.Context, sb *sandbox, p *process, cg cgroup, 
 			fds = append(fds, int(join.Fd())) // descriptor 4 of the child: see exec
 		}
 	}
+	if p.devpts != nil {
+		fds = append(fds, int(p.devpts.Fd()))
+		config.TerminalsFD = 4
+	}
 	reply, err := sb.pod.call(ctx, &message{Op: opStart, Start: start}, func(ws unix.WaitStatus, at time.Time) {
 		go a.finish(p, ws, at, ended)
 	}, fds...)
@@ -204,7 +208,7 @@ func reportError(r *container.Error) error {
 
 // fail ends a process that never was.
 func (p *process) fail() {
-	closeFiles(p.child[:])
+	p.closeChild()
 	if !p.ended.CompareAndSwap(false, true) {
 		return
 	}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/cri-vz/cri-vz/guest/api"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
@@ -103,7 +104,7 @@ func pipe(mode int) (r, w *os.File, err error) {
 // containerTerminal opens a terminal of the devpts that a running container has,
 // so that ttyname(3) works in an exec. The container is hostile: nothing that is
 // not the ptmx of a devpts is opened.
-func containerTerminal(init *process, width, height uint32) (*stdio, *os.File, error) {
+func containerTerminal(init *process, size *specs.Box) (*stdio, *os.File, error) {
 	root, err := unix.Open("/proc/"+strconv.Itoa(init.pid)+"/root", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, nil, os.NewSyscallError("open the container's root", err)
@@ -133,21 +134,21 @@ func containerTerminal(init *process, width, height uint32) (*stdio, *os.File, e
 	if err != nil {
 		return nil, nil, os.NewSyscallError("open the container's ptmx", err)
 	}
-	return terminal(fd, width, height)
+	return terminal(fd, size)
 }
 
 // newTerminal opens a terminal of the devpts at dir (/dev/pts).
-func newTerminal(dir string, width, height uint32) (*stdio, *os.File, error) {
+func newTerminal(dir string, size *specs.Box) (*stdio, *os.File, error) {
 	fd, err := unix.Open(dir+"/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, nil, &os.PathError{Op: "open", Path: dir + "/ptmx", Err: err}
 	}
-	return terminal(fd, width, height)
+	return terminal(fd, size)
 }
 
 // terminal makes the streams of a terminal from its master, which it owns, and
-// opens the slave.
-func terminal(fd int, width, height uint32) (*stdio, *os.File, error) {
+// opens the slave. size may be nil.
+func terminal(fd int, size *specs.Box) (*stdio, *os.File, error) {
 	master := os.NewFile(uintptr(fd), "ptmx")
 	if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
 		master.Close()
@@ -160,8 +161,9 @@ func terminal(fd int, width, height uint32) (*stdio, *os.File, error) {
 	}
 	slave := os.NewFile(uintptr(peer), "terminal")
 	s := &stdio{master: newEndpoint(master)}
-	if width == 0 || height == 0 {
-		width, height = 80, 24
+	width, height := uint32(80), uint32(24)
+	if size != nil && size.Width > 0 && size.Height > 0 {
+		width, height = uint32(min(size.Width, 0xffff)), uint32(min(size.Height, 0xffff))
 	}
 	if err := s.resize(width, height); err != nil {
 		s.close()

@@ -60,6 +60,18 @@ func (m *idMaps) lastGroup() int {
 	return min(m.gids[0].Size-1, math.MaxInt32)
 }
 
+// hostGroup is what the guest calls a group of the pod, which is nobody's if the
+// pod has no such group.
+func (m *idMaps) hostGroup(id uint32) uint32 {
+	switch {
+	case m == nil:
+		return id
+	case int64(id) >= int64(m.gids[0].Size):
+		return 65534
+	}
+	return uint32(m.gids[0].HostID) + id
+}
+
 // owned makes the pod's root the owner of a new process's streams, so that the
 // process can open them again as /dev/stdout.
 func (m *idMaps) owned(p *process) (*process, error) {

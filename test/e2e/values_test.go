@@ -94,7 +94,7 @@ func TestTerminalsHaveNames(t *testing.T) {
 	p := sharedPodOf(t)
 	id := p.start(t, "named-tty", command("/app/web", "tty"), func(c *runtimeapi.ContainerConfig) { c.Tty = true })
 	st := p.waitExit(t, id, 30*time.Second)
-	if log := readLog(t, st.GetLogPath()); st.GetExitCode() != 0 || strings.TrimSpace(log.stdout) != "/dev/console" {
+	if log := readLog(t, st.GetLogPath()); st.GetExitCode() != 0 || strings.TrimSpace(log.stdout) != "/dev/pts/0" {
 		t.Errorf("exit code %d, log %+v", st.GetExitCode(), log)
 	}
 	r, err := p.Exec(timeout(t, callTimeout), &runtimeapi.ExecRequest{ContainerId: p.idle, Cmd: []string{"/app/web", "tty"}, Stdin: true, Stdout: true, Tty: true})

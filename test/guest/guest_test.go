@@ -407,7 +407,7 @@ func testTerminal(t *testing.T, v *vm, layers []string) {
 	if _, err := v.agent.StartContainer(v.ctx(), &api.StartContainerRequest{Id: "tty"}); err != nil {
 		t.Fatal(err)
 	}
-	v.first(s, "console is there")
+	v.first(s, "console is there, and /dev/pts/0")
 	fmt.Fprint(s, "typed\n")
 	b, err := io.ReadAll(s)
 	if err != nil {
@@ -956,6 +956,26 @@ func TestUserNamespace(t *testing.T) {
 	if w, err := v.agent.Wait(v.ctx(), &api.WaitRequest{Id: "a", ExecId: "t"}); err != nil || w.ExitCode != 0 {
 		t.Errorf("exec with a terminal: %v, %v", w, err)
 	}
+	// A terminal has its name here, too.
+	r = request("tty", layers)
+	r.Tty, r.Stdin = true, true
+	if _, err := v.create(r, spec("tty")); err != nil {
+		t.Fatal(err)
+	}
+	terminal, err := v.stream(api.Header{Kind: api.Terminal, Container: "tty"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer terminal.Close()
+	if _, err := v.agent.StartContainer(v.ctx(), &api.StartContainerRequest{Id: "tty"}); err != nil {
+		t.Fatal(err)
+	}
+	v.first(terminal, "console is there, and /dev/pts/0")
+	fmt.Fprint(terminal, "typed\n")
+	if w, err := v.agent.Wait(v.ctx(), &api.WaitRequest{Id: "tty"}); err != nil || w.ExitCode != 0 {
+		t.Errorf("container with a terminal: %v, %v", w, err)
+	}
+	v.remove("tty")
 	r = request("c", layers)
 	if got, w := v.run(r, spec("read", "/proc/self/oom_score_adj")); w.ExitCode != 0 || got != "0\n" {
 		t.Errorf("the container's OOM score: %q, %v", got, w)

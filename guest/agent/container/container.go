@@ -19,7 +19,8 @@
 // Descriptors 0, 1 and 2 are the container's standard streams, or all three the
 // slave of its terminal. Descriptor 3 is a stream socket: the parent sends one
 // Config with WriteConfig, then reads the outcome with ReadReport. Namespaces to
-// join are further inherited descriptors, which Config numbers. All descriptors
+// join, or the container's devpts, are further inherited descriptors, which Config
+// numbers. All descriptors
 // from 3 up are closed by the final execve, and that is how the parent learns of
 // success.
 package container
@@ -67,6 +68,10 @@ type Config struct {
 	// Namespaces are joined by exec-init, in this order but the mount namespace
 	// last. Init refuses them.
 	Namespaces []Namespace `json:"namespaces,omitempty"`
+	// TerminalsFD is, for container-init, an inherited descriptor of what NewTerminals
+	// made, of which the terminal on descriptors 0 to 2 is one. 0: the terminal, if
+	// there is one, is one of the guest's.
+	TerminalsFD int `json:"terminalsFd,omitempty"`
 }
 
 // Namespace is an inherited descriptor of a namespace: an nsfs file, or a pidfd

@@ -199,9 +199,9 @@ func requireDevice(fd int, number uint64) error {
 	return nil
 }
 
-// bindConsole makes the terminal known as /dev/console, which is also its name
-// for ttyname(3) and in /proc/self/fd: the slave itself lies in the guest's
-// devpts.
+// bindConsole makes the terminal known as /dev/console, too. A terminal of the
+// container's own devpts has its name in that, as under runc; one that lies in the
+// guest's is /dev/console for ttyname(3) and in /proc/self/fd.
 func bindConsole(p *process) error {
 	if !p.config.Spec.Process.Terminal {
 		return nil
@@ -214,9 +214,15 @@ func bindConsole(p *process) error {
 	// Descriptor 0 belongs to the mount namespace it was opened in and can't be
 	// bound from here: find the same device in this one.
 	name := "/dev/pts/" + strconv.FormatUint(uint64(unix.Minor(number)), 10)
-	source, err := openat2(unix.AT_FDCWD, name, unix.O_PATH, unix.RESOLVE_NO_SYMLINKS)
+	own := p.config.TerminalsFD != 0
+	source, err := -1, error(nil)
+	if own {
+		source, err = openat2(p.root.fd, name, unix.O_PATH, unix.RESOLVE_IN_ROOT|unix.RESOLVE_NO_SYMLINKS)
+	} else {
+		source, err = openat2(unix.AT_FDCWD, name, unix.O_PATH, unix.RESOLVE_NO_SYMLINKS)
+	}
 	if err != nil {
-		return fmt.Errorf("find the terminal in the guest's devpts: %w", err)
+		return fmt.Errorf("find the terminal in its devpts: %w", err)
 	}
 	defer unix.Close(source)
 	var found unix.Stat_t
@@ -224,10 +230,13 @@ func bindConsole(p *process) error {
 		return fmt.Errorf("stat %s: %w", name, err)
 	}
 	if found.Dev != st.Dev || found.Rdev != st.Rdev {
-		return fmt.Errorf("descriptor 0 is not the guest's %s", name)
+		return fmt.Errorf("descriptor 0 is not %s of its devpts", name)
 	}
 	if err := bindFile(p.root, source, "/dev/console"); err != nil {
 		return fmt.Errorf("mount terminal at /dev/console: %w", err)
+	}
+	if own {
+		return nil
 	}
 	// Descriptors that were opened elsewhere have a name that is nothing here, or
 	// somebody else's terminal.

@@ -369,7 +369,13 @@ func filesystemMount(p *process, m specs.Mount, o mountOptions) error {
 		set &^= unix.MOUNT_ATTR_RDONLY
 		p.readonlyLater = append(p.readonlyLater, m.Destination)
 	}
-	tree, err := newFilesystem(fstype, m.Source, o.data, set)
+	var tree int
+	if p.config.TerminalsFD != 0 && isTerminals(m) {
+		// The other mount of it is the parent's, which lets go of it.
+		tree, err = unix.FcntlInt(uintptr(p.config.TerminalsFD), unix.F_DUPFD_CLOEXEC, 0)
+	} else {
+		tree, err = newFilesystem(fstype, m.Source, o.data, set)
+	}
 	if err != nil {
 		return err
 	}
@@ -382,6 +388,42 @@ func filesystemMount(p *process, m specs.Mount, o mountOptions) error {
 		return err
 	}
 	return attach(tree, target)
+}
+
+// isTerminals tells whether a mount is the devpts in which a container's terminals
+// have their names.
+func isTerminals(m specs.Mount) bool {
+	return m.Type == "devpts" && path.Clean(m.Destination) == "/dev/pts"
+}
+
+// NewTerminals makes the devpts that the spec mounts at /dev/pts ahead of the
+// container, attached nowhere: a terminal that is opened in it is one of the
+// container's, with a name there. Config.TerminalsFD hands it to container-init. group
+// is what the caller calls a group of the container's user namespace. Nil without an
+// error: the spec mounts none. The caller closes the file, before which the container
+// must have been started.
+func NewTerminals(spec *specs.Spec, group func(id uint32) uint32) (*os.File, error) {
+	i := slices.IndexFunc(spec.Mounts, isTerminals)
+	if i < 0 {
+		return nil, nil
+	}
+	m := spec.Mounts[i]
+	o, err := parseMountOptions(m.Options)
+	if err != nil {
+		return nil, err
+	}
+	for i, option := range o.data {
+		if text, ok := strings.CutPrefix(option, "gid="); ok {
+			if id, err := strconv.ParseUint(text, 10, 32); err == nil {
+				o.data[i] = "gid=" + strconv.FormatUint(uint64(group(uint32(id))), 10)
+			}
+		}
+	}
+	fd, err := newFilesystem(m.Type, m.Source, o.data, o.set&^o.recClear|o.recSet)
+	if err != nil {
+		return nil, fmt.Errorf("devpts of the container: %w", err)
+	}
+	return os.NewFile(uintptr(fd), "devpts"), nil
 }
 
 func requireRealDirectory(root rootDir, name string) error {

@@ -222,7 +222,18 @@ func run(args []string) error {
 		if _, err := os.Stat("/dev/console"); err != nil {
 			return err
 		}
-		fmt.Println("console is there")
+		name, err := os.Readlink("/proc/self/fd/0")
+		if err != nil {
+			return err
+		}
+		named, err := os.Stat(name)
+		if err != nil {
+			return err
+		}
+		if own, err := os.Stdin.Stat(); err != nil || !os.SameFile(own, named) {
+			return fmt.Errorf("%s is not the terminal: %v", name, err)
+		}
+		fmt.Println("console is there, and", name)
 		buf := make([]byte, 100)
 		n, err := os.Stdin.Read(buf)
 		if err != nil {
