@@ -38,7 +38,7 @@ func (c *Container) Exec(ctx context.Context, req *guestapi.ExecRequest) (*Exec,
 		if ctx.Err() != nil {
 			go e.Close() // it may have started after all
 		}
-		return nil, fmt.Errorf("exec: %w", err)
+		return nil, fmt.Errorf("exec in container %s: %w", c.id, err)
 	}
 	return &Exec{c: c, id: req.ExecId}, nil
 }

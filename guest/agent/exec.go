@@ -66,7 +66,7 @@ func (a *Agent) Exec(ctx context.Context, r *api.ExecRequest) (*api.ExecResponse
 		err = preconditionf("the container has been removed")
 	}
 	if err != nil {
-		return nil, fmt.Errorf("exec in container %q: %w", r.Id, err)
+		return nil, err // the host says in which container
 	}
 	return &api.ExecResponse{Pid: uint32(p.pid)}, nil
 }

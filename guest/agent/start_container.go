@@ -73,7 +73,7 @@ func (a *Agent) StartContainer(ctx context.Context, r *api.StartContainerRequest
 			c.state = stopped
 		}
 		c.mu.Unlock()
-		return nil, fmt.Errorf("start container %q: %w", r.Id, err)
+		return nil, err // the host says of which container
 	}
 	c.mu.Lock()
 	if c.state == starting {

@@ -354,7 +354,7 @@ func (s *Shim) failStart(c *container, err error) error {
 	c.stdout.close("")
 	c.stderr.close("")
 	close(c.exited)
-	return fmt.Errorf("container %s: %w", c.id, err)
+	return err
 }
 
 // output is one stream from the guest and where it goes.

@@ -28,11 +28,7 @@ func (s *Shim) Exec(ctx context.Context, req *guestapi.ExecRequest) (*guestapi.E
 	}
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
-	resp, err := call(ctx, a, "exec", a.Exec, req)
-	if err != nil {
-		return nil, fmt.Errorf("container %s: %w", c.id, err)
-	}
-	return resp, nil
+	return call(ctx, a, "exec", a.Exec, req)
 }
 
 // WaitExec implements shim/api.
