@@ -434,6 +434,8 @@ type fakeNetwork struct {
 	fail error // of SetUp
 	down error // of TearDown
 	none bool  // no address
+	// bound is how long the latest TearDown might have taken.
+	bound time.Duration
 }
 
 func (n *fakeNetwork) SetUp(_ context.Context, p network.Pod) (*network.Result, error) {
@@ -449,9 +451,13 @@ func (n *fakeNetwork) SetUp(_ context.Context, p network.Pod) (*network.Result, 
 	return &network.Result{Interface: "eth0", Addresses: []netip.Prefix{netip.MustParsePrefix("192.0.2.7/24")}}, nil
 }
 func (n *fakeNetwork) OpenTap(string) (*os.File, error) { return nil, nil }
-func (n *fakeNetwork) TearDown(_ context.Context, id string) error {
+func (n *fakeNetwork) TearDown(ctx context.Context, id string) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	n.bound = 0
+	if deadline, ok := ctx.Deadline(); ok {
+		n.bound = time.Until(deadline)
+	}
 	if n.down != nil {
 		return n.down
 	}

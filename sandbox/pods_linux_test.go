@@ -3,8 +3,12 @@ package sandbox
 import (
 	"context"
 	"errors"
+	"fmt"
+	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -14,6 +18,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/ttrpc"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	guestapi "github.com/cri-vz/cri-vz/guest/api"
@@ -668,6 +673,155 @@ func TestProcess(t *testing.T) {
 	}
 	if (process{PID: os.Getpid(), Start: start + 1}).alive() || (process{}).alive() {
 		t.Error("somebody else's pid counts as alive")
+	}
+	// A zombie answers kill -0.
+	cmd := exec.Command("/bin/true")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait() //nolint:errcheck // what it ended with is not the point
+	var zombie bool
+	await(t, "the end of a child", 5*time.Second, func() bool {
+		start, zombie, err = startTime(cmd.Process.Pid)
+		return zombie || err != nil
+	})
+	if err != nil || syscall.Kill(cmd.Process.Pid, 0) != nil {
+		t.Fatalf("no zombie: %v", err)
+	}
+	if (process{PID: cmd.Process.Pid, Start: start}).alive() {
+		t.Error("a zombie counts as alive")
+	}
+}
+
+// T7: a VM boots when fewer others do than Options.Boots says. Who waits for its turn
+// has that among its steps, and can give up.
+func TestBootsAtOnceAreLimited(t *testing.T) {
+	e := newFakeEnv(t)
+	if got := cap(e.pods.boots); got != e.o.Boots {
+		t.Fatalf("%d VMs may boot at one time, want %d", got, e.o.Boots)
+	}
+	for range e.o.Boots {
+		e.pods.boots <- struct{}{} // others
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	failed := make(chan error, 1)
+	go func() {
+		_, err := e.pods.Run(ctx, podConfig("impatient"), "")
+		failed <- err
+	}()
+	type result struct {
+		pod *Pod
+		err error
+	}
+	ran := make(chan result, 1)
+	go func() {
+		p, err := e.pods.Run(t.Context(), podConfig("patient"), "")
+		ran <- result{p, err}
+	}()
+	// Both shims are there; neither VM is.
+	await(t, "two shims", 20*time.Second, func() bool {
+		sockets, _ := filepath.Glob(filepath.Join(e.o.Run, "*", shimapi.SocketControl))
+		return len(sockets) == 2
+	})
+	time.Sleep(500 * time.Millisecond)
+	cancel()
+	if err := <-failed; err == nil || !strings.Contains(err.Error(), "for other boots to end") {
+		t.Errorf("who gave up: %v", err)
+	}
+	select {
+	case r := <-ran:
+		t.Fatalf("it did not wait for its turn: %v", r.err)
+	default:
+	}
+	<-e.pods.boots // one of the others is done
+	r := <-ran
+	if r.err != nil {
+		t.Fatal(r.err)
+	}
+	if !slices.ContainsFunc(r.pod.Status().Steps, func(s Step) bool { return s.Name == "wait for other boots" && s.Nanos > 0 }) {
+		t.Errorf("steps %v", r.pod.Status().Steps)
+	}
+	if got := len(e.pods.boots); got != e.o.Boots-1 {
+		t.Errorf("%d of %d boots are under way after the last one", got, e.o.Boots)
+	}
+}
+
+// T12: what ends a pod's network has a bound, also where its caller has none.
+func TestTearDownIsBounded(t *testing.T) {
+	e := newFakeEnv(t)
+	p := e.run("p")
+	if err := p.Stop(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	nw := e.o.Network.(*fakeNetwork)
+	nw.mu.Lock()
+	defer nw.mu.Unlock()
+	if nw.bound <= 0 || nw.bound > tearDown {
+		t.Errorf("the network had %v to be torn down, want %v at most", nw.bound, tearDown)
+	}
+}
+
+// T10: a record of another schema is told by its number, and a later build's fields
+// within a schema are passed over.
+func TestRecordsOfOtherBuilds(t *testing.T) {
+	const fields = `"id":"a","phase":"ready","config":{"metadata":{"name":"x"},"fieldOfALaterBuild":1},"fieldOfALaterBuild":1}`
+	if _, err := parsePodRecord([]byte(fmt.Sprintf(`{"schema":%d,%s`, recordSchema, fields))); err != nil {
+		t.Error(err)
+	}
+	for _, schema := range []int{0, recordSchema + 1} {
+		_, err := parsePodRecord([]byte(fmt.Sprintf(`{"schema":%d,%s`, schema, fields)))
+		if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), fmt.Sprintf("schema %d, this build knows %d", schema, recordSchema)) {
+			t.Errorf("schema %d: %v", schema, err)
+		}
+	}
+}
+
+// shimOfVersion is a shim that says which version of the API it speaks.
+type shimOfVersion struct {
+	shimapi.ShimService
+	version uint32
+}
+
+func (s shimOfVersion) Hello(context.Context, *shimapi.HelloRequest) (*shimapi.HelloResponse, error) {
+	return &shimapi.HelloResponse{Version: s.version}, nil
+}
+
+func (s shimOfVersion) Watch(ctx context.Context, _ *shimapi.WatchRequest, stream shimapi.Shim_WatchServer) error {
+	err := stream.Send(&shimapi.PodState{Vm: shimapi.VM_READY})
+	<-ctx.Done()
+	return err
+}
+
+// T10: a daemon talks to its own build's shims and to those of the one before, and to
+// no others.
+func TestShimsOfOtherBuilds(t *testing.T) {
+	for _, tt := range []struct {
+		version uint32
+		ok      bool
+	}{{shimapi.Version, true}, {shimapi.Version - 1, true}, {shimapi.Version + 1, false}, {shimapi.Version + 2, false}} {
+		run := shortTemp(t)
+		l, err := net.Listen("unix", filepath.Join(run, shimapi.SocketControl))
+		if err != nil {
+			t.Fatal(err)
+		}
+		server, err := ttrpc.NewServer()
+		if err != nil {
+			t.Fatal(err)
+		}
+		shimapi.RegisterShimService(server, shimOfVersion{version: tt.version})
+		done := make(chan error, 1)
+		go func() { done <- server.Serve(context.Background(), l) }()
+		c, state, err := connect(t.Context(), run)
+		if err == nil {
+			c.close()
+		}
+		if tt.ok && (err != nil || state.GetVm() != shimapi.VM_READY) || !tt.ok && (!errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), fmt.Sprint("version ", tt.version))) {
+			t.Errorf("a shim of version %d: %v, %v", tt.version, state, err)
+		}
+		if err := server.Close(); err != nil {
+			t.Error(err)
+		}
+		<-done
 	}
 }
 

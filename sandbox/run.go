@@ -272,6 +272,7 @@ func (p *Pods) startShim(ctx context.Context, pod *Pod, memory int64) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, shimStart)
 	defer cancel()
+	began := time.Now()
 	for {
 		client, state, err := connect(ctx, pod.run)
 		if err == nil {
@@ -282,7 +283,7 @@ func (p *Pods) startShim(ctx context.Context, pod *Pod, memory int64) error {
 		case <-exited:
 			return fmt.Errorf("the shim ended at once: %s", logTail(filepath.Join(pod.dir, shim.LogFile)))
 		case <-ctx.Done():
-			return fmt.Errorf("waited %v for the shim to serve its socket: %w (%v)", shimStart, ctx.Err(), err)
+			return fmt.Errorf("waited %v for the shim to serve its socket: %w (%v)", time.Since(began).Round(time.Millisecond), ctx.Err(), err)
 		case <-time.After(3 * time.Millisecond):
 		}
 	}
