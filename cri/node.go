@@ -72,6 +72,25 @@ func (s *Server) spool(stream nodeapi.Node_LoadImageServer) (*os.File, error) {
 	}
 }
 
+// Pull is PullImage with progress; see node.proto.
+func (s *Server) Pull(req *nodeapi.PullRequest, stream nodeapi.Node_PullServer) error {
+	if req.GetImage() == "" {
+		return refuse("image", "is empty")
+	}
+	img, err := s.Images.Pull(stream.Context(), req.GetImage(), nil, func(p imageservice.Progress) {
+		what := p.Stage
+		if p.LayersTotal > 0 {
+			what = fmt.Sprintf("%s, %d of %d layers ready", what, p.Layers, p.LayersTotal)
+		}
+		// A client that is gone ends the context, which ends the pull.
+		_ = stream.Send(&nodeapi.PullResponse{What: what, DoneBytes: p.Bytes, TotalBytes: p.Total})
+	})
+	if err != nil {
+		return err
+	}
+	return stream.Send(&nodeapi.PullResponse{ImageId: img.ID})
+}
+
 // WatchSteps follows a pod's start; see node.proto.
 func (s *Server) WatchSteps(req *nodeapi.WatchStepsRequest, stream nodeapi.Node_WatchStepsServer) error {
 	steps, err := s.Pods.WatchSteps(stream.Context(), &runtimeapi.PodSandboxMetadata{

@@ -195,6 +195,118 @@ func (x *LoadedImage) GetSizeBytes() uint64 {
 	return 0
 }
 
+type PullRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Image         string                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PullRequest) Reset() {
+	*x = PullRequest{}
+	mi := &file_node_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PullRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PullRequest) ProtoMessage() {}
+
+func (x *PullRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_node_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PullRequest.ProtoReflect.Descriptor instead.
+func (*PullRequest) Descriptor() ([]byte, []int) {
+	return file_node_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *PullRequest) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+type PullResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	What          string                 `protobuf:"bytes,1,opt,name=what,proto3" json:"what,omitempty"` // as in LoadImageResponse
+	DoneBytes     int64                  `protobuf:"varint,2,opt,name=done_bytes,json=doneBytes,proto3" json:"done_bytes,omitempty"`
+	TotalBytes    int64                  `protobuf:"varint,3,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
+	ImageId       string                 `protobuf:"bytes,4,opt,name=image_id,json=imageId,proto3" json:"image_id,omitempty"` // set in the last message
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PullResponse) Reset() {
+	*x = PullResponse{}
+	mi := &file_node_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PullResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PullResponse) ProtoMessage() {}
+
+func (x *PullResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_node_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PullResponse.ProtoReflect.Descriptor instead.
+func (*PullResponse) Descriptor() ([]byte, []int) {
+	return file_node_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *PullResponse) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+func (x *PullResponse) GetDoneBytes() int64 {
+	if x != nil {
+		return x.DoneBytes
+	}
+	return 0
+}
+
+func (x *PullResponse) GetTotalBytes() int64 {
+	if x != nil {
+		return x.TotalBytes
+	}
+	return 0
+}
+
+func (x *PullResponse) GetImageId() string {
+	if x != nil {
+		return x.ImageId
+	}
+	return ""
+}
+
 type WatchStepsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -207,7 +319,7 @@ type WatchStepsRequest struct {
 
 func (x *WatchStepsRequest) Reset() {
 	*x = WatchStepsRequest{}
-	mi := &file_node_proto_msgTypes[3]
+	mi := &file_node_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -219,7 +331,7 @@ func (x *WatchStepsRequest) String() string {
 func (*WatchStepsRequest) ProtoMessage() {}
 
 func (x *WatchStepsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[3]
+	mi := &file_node_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -232,7 +344,7 @@ func (x *WatchStepsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchStepsRequest.ProtoReflect.Descriptor instead.
 func (*WatchStepsRequest) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{3}
+	return file_node_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *WatchStepsRequest) GetName() string {
@@ -275,7 +387,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_node_proto_msgTypes[4]
+	mi := &file_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -287,7 +399,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[4]
+	mi := &file_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -300,7 +412,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{4}
+	return file_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Step) GetName() string {
@@ -340,7 +452,7 @@ type ConsoleRequest struct {
 
 func (x *ConsoleRequest) Reset() {
 	*x = ConsoleRequest{}
-	mi := &file_node_proto_msgTypes[5]
+	mi := &file_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -352,7 +464,7 @@ func (x *ConsoleRequest) String() string {
 func (*ConsoleRequest) ProtoMessage() {}
 
 func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[5]
+	mi := &file_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -365,7 +477,7 @@ func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleRequest.ProtoReflect.Descriptor instead.
 func (*ConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{5}
+	return file_node_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ConsoleRequest) GetPodSandboxId() string {
@@ -384,7 +496,7 @@ type ConsoleResponse struct {
 
 func (x *ConsoleResponse) Reset() {
 	*x = ConsoleResponse{}
-	mi := &file_node_proto_msgTypes[6]
+	mi := &file_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -396,7 +508,7 @@ func (x *ConsoleResponse) String() string {
 func (*ConsoleResponse) ProtoMessage() {}
 
 func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[6]
+	mi := &file_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -409,7 +521,7 @@ func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleResponse.ProtoReflect.Descriptor instead.
 func (*ConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{6}
+	return file_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ConsoleResponse) GetData() []byte {
@@ -431,7 +543,7 @@ type ForwardRequest struct {
 
 func (x *ForwardRequest) Reset() {
 	*x = ForwardRequest{}
-	mi := &file_node_proto_msgTypes[7]
+	mi := &file_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -443,7 +555,7 @@ func (x *ForwardRequest) String() string {
 func (*ForwardRequest) ProtoMessage() {}
 
 func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[7]
+	mi := &file_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -456,7 +568,7 @@ func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForwardRequest.ProtoReflect.Descriptor instead.
 func (*ForwardRequest) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{7}
+	return file_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ForwardRequest) GetPodSandboxId() string {
@@ -498,7 +610,7 @@ type ForwardResponse struct {
 
 func (x *ForwardResponse) Reset() {
 	*x = ForwardResponse{}
-	mi := &file_node_proto_msgTypes[8]
+	mi := &file_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -510,7 +622,7 @@ func (x *ForwardResponse) String() string {
 func (*ForwardResponse) ProtoMessage() {}
 
 func (x *ForwardResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[8]
+	mi := &file_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -523,7 +635,7 @@ func (x *ForwardResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForwardResponse.ProtoReflect.Descriptor instead.
 func (*ForwardResponse) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{8}
+	return file_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ForwardResponse) GetOpen() bool {
@@ -563,7 +675,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_node_proto_msgTypes[9]
+	mi := &file_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -575,7 +687,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[9]
+	mi := &file_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -588,7 +700,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{9}
+	return file_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ExecRequest) GetContainerId() string {
@@ -659,7 +771,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_node_proto_msgTypes[10]
+	mi := &file_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -671,7 +783,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[10]
+	mi := &file_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -684,7 +796,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{10}
+	return file_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ExecResponse) GetStdout() []byte {
@@ -734,7 +846,16 @@ const file_node_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
 	"\trepo_tags\x18\x02 \x03(\tR\brepoTags\x12\x1d\n" +
 	"\n" +
-	"size_bytes\x18\x03 \x01(\x04R\tsizeBytes\"q\n" +
+	"size_bytes\x18\x03 \x01(\x04R\tsizeBytes\"#\n" +
+	"\vPullRequest\x12\x14\n" +
+	"\x05image\x18\x01 \x01(\tR\x05image\"}\n" +
+	"\fPullResponse\x12\x12\n" +
+	"\x04what\x18\x01 \x01(\tR\x04what\x12\x1d\n" +
+	"\n" +
+	"done_bytes\x18\x02 \x01(\x03R\tdoneBytes\x12\x1f\n" +
+	"\vtotal_bytes\x18\x03 \x01(\x03R\n" +
+	"totalBytes\x12\x19\n" +
+	"\bimage_id\x18\x04 \x01(\tR\aimageId\"q\n" +
 	"\x11WatchStepsRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x10\n" +
@@ -771,9 +892,10 @@ const file_node_proto_rawDesc = "" +
 	"\x06stdout\x18\x01 \x01(\fR\x06stdout\x12\x16\n" +
 	"\x06stderr\x18\x02 \x01(\fR\x06stderr\x12\x16\n" +
 	"\x06exited\x18\x03 \x01(\bR\x06exited\x12\x1b\n" +
-	"\texit_code\x18\x04 \x01(\x05R\bexitCode2\x86\x03\n" +
+	"\texit_code\x18\x04 \x01(\x05R\bexitCode2\xc9\x03\n" +
 	"\x04Node\x12R\n" +
-	"\tLoadImage\x12\x1f.crivz.node.v1.LoadImageRequest\x1a .crivz.node.v1.LoadImageResponse(\x010\x01\x12E\n" +
+	"\tLoadImage\x12\x1f.crivz.node.v1.LoadImageRequest\x1a .crivz.node.v1.LoadImageResponse(\x010\x01\x12A\n" +
+	"\x04Pull\x12\x1a.crivz.node.v1.PullRequest\x1a\x1b.crivz.node.v1.PullResponse0\x01\x12E\n" +
 	"\n" +
 	"WatchSteps\x12 .crivz.node.v1.WatchStepsRequest\x1a\x13.crivz.node.v1.Step0\x01\x12J\n" +
 	"\aConsole\x12\x1d.crivz.node.v1.ConsoleRequest\x1a\x1e.crivz.node.v1.ConsoleResponse0\x01\x12L\n" +
@@ -793,34 +915,38 @@ func file_node_proto_rawDescGZIP() []byte {
 	return file_node_proto_rawDescData
 }
 
-var file_node_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_node_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_node_proto_goTypes = []any{
 	(*LoadImageRequest)(nil),  // 0: crivz.node.v1.LoadImageRequest
 	(*LoadImageResponse)(nil), // 1: crivz.node.v1.LoadImageResponse
 	(*LoadedImage)(nil),       // 2: crivz.node.v1.LoadedImage
-	(*WatchStepsRequest)(nil), // 3: crivz.node.v1.WatchStepsRequest
-	(*Step)(nil),              // 4: crivz.node.v1.Step
-	(*ConsoleRequest)(nil),    // 5: crivz.node.v1.ConsoleRequest
-	(*ConsoleResponse)(nil),   // 6: crivz.node.v1.ConsoleResponse
-	(*ForwardRequest)(nil),    // 7: crivz.node.v1.ForwardRequest
-	(*ForwardResponse)(nil),   // 8: crivz.node.v1.ForwardResponse
-	(*ExecRequest)(nil),       // 9: crivz.node.v1.ExecRequest
-	(*ExecResponse)(nil),      // 10: crivz.node.v1.ExecResponse
+	(*PullRequest)(nil),       // 3: crivz.node.v1.PullRequest
+	(*PullResponse)(nil),      // 4: crivz.node.v1.PullResponse
+	(*WatchStepsRequest)(nil), // 5: crivz.node.v1.WatchStepsRequest
+	(*Step)(nil),              // 6: crivz.node.v1.Step
+	(*ConsoleRequest)(nil),    // 7: crivz.node.v1.ConsoleRequest
+	(*ConsoleResponse)(nil),   // 8: crivz.node.v1.ConsoleResponse
+	(*ForwardRequest)(nil),    // 9: crivz.node.v1.ForwardRequest
+	(*ForwardResponse)(nil),   // 10: crivz.node.v1.ForwardResponse
+	(*ExecRequest)(nil),       // 11: crivz.node.v1.ExecRequest
+	(*ExecResponse)(nil),      // 12: crivz.node.v1.ExecResponse
 }
 var file_node_proto_depIdxs = []int32{
 	2,  // 0: crivz.node.v1.LoadImageResponse.image:type_name -> crivz.node.v1.LoadedImage
 	0,  // 1: crivz.node.v1.Node.LoadImage:input_type -> crivz.node.v1.LoadImageRequest
-	3,  // 2: crivz.node.v1.Node.WatchSteps:input_type -> crivz.node.v1.WatchStepsRequest
-	5,  // 3: crivz.node.v1.Node.Console:input_type -> crivz.node.v1.ConsoleRequest
-	7,  // 4: crivz.node.v1.Node.Forward:input_type -> crivz.node.v1.ForwardRequest
-	9,  // 5: crivz.node.v1.Node.ExecStream:input_type -> crivz.node.v1.ExecRequest
-	1,  // 6: crivz.node.v1.Node.LoadImage:output_type -> crivz.node.v1.LoadImageResponse
-	4,  // 7: crivz.node.v1.Node.WatchSteps:output_type -> crivz.node.v1.Step
-	6,  // 8: crivz.node.v1.Node.Console:output_type -> crivz.node.v1.ConsoleResponse
-	8,  // 9: crivz.node.v1.Node.Forward:output_type -> crivz.node.v1.ForwardResponse
-	10, // 10: crivz.node.v1.Node.ExecStream:output_type -> crivz.node.v1.ExecResponse
-	6,  // [6:11] is the sub-list for method output_type
-	1,  // [1:6] is the sub-list for method input_type
+	3,  // 2: crivz.node.v1.Node.Pull:input_type -> crivz.node.v1.PullRequest
+	5,  // 3: crivz.node.v1.Node.WatchSteps:input_type -> crivz.node.v1.WatchStepsRequest
+	7,  // 4: crivz.node.v1.Node.Console:input_type -> crivz.node.v1.ConsoleRequest
+	9,  // 5: crivz.node.v1.Node.Forward:input_type -> crivz.node.v1.ForwardRequest
+	11, // 6: crivz.node.v1.Node.ExecStream:input_type -> crivz.node.v1.ExecRequest
+	1,  // 7: crivz.node.v1.Node.LoadImage:output_type -> crivz.node.v1.LoadImageResponse
+	4,  // 8: crivz.node.v1.Node.Pull:output_type -> crivz.node.v1.PullResponse
+	6,  // 9: crivz.node.v1.Node.WatchSteps:output_type -> crivz.node.v1.Step
+	8,  // 10: crivz.node.v1.Node.Console:output_type -> crivz.node.v1.ConsoleResponse
+	10, // 11: crivz.node.v1.Node.Forward:output_type -> crivz.node.v1.ForwardResponse
+	12, // 12: crivz.node.v1.Node.ExecStream:output_type -> crivz.node.v1.ExecResponse
+	7,  // [7:13] is the sub-list for method output_type
+	1,  // [1:7] is the sub-list for method input_type
 	1,  // [1:1] is the sub-list for extension type_name
 	1,  // [1:1] is the sub-list for extension extendee
 	0,  // [0:1] is the sub-list for field type_name
@@ -837,7 +963,7 @@ func file_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_node_proto_rawDesc), len(file_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -22,6 +22,7 @@ const _ = grpc.SupportPackageIsVersion9
 
 const (
 	Node_LoadImage_FullMethodName  = "/crivz.node.v1.Node/LoadImage"
+	Node_Pull_FullMethodName       = "/crivz.node.v1.Node/Pull"
 	Node_WatchSteps_FullMethodName = "/crivz.node.v1.Node/WatchSteps"
 	Node_Console_FullMethodName    = "/crivz.node.v1.Node/Console"
 	Node_Forward_FullMethodName    = "/crivz.node.v1.Node/Forward"
@@ -35,6 +36,9 @@ type NodeClient interface {
 	// LoadImage reads a docker-archive or OCI-layout tar (plain, gzip or zstd)
 	// and answers with progress; the last messages carry the images.
 	LoadImage(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[LoadImageRequest, LoadImageResponse], error)
+	// Pull fetches an image from its registry, as the CRI's PullImage does, and
+	// answers with progress; the last message carries the image.
+	Pull(ctx context.Context, in *PullRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PullResponse], error)
 	// WatchSteps follows the start-up steps of a pod sandbox by its CRI metadata,
 	// also before RunPodSandbox was called, until the pod is ready or failed.
 	WatchSteps(ctx context.Context, in *WatchStepsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Step], error)
@@ -67,9 +71,28 @@ func (c *nodeClient) LoadImage(ctx context.Context, opts ...grpc.CallOption) (gr
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Node_LoadImageClient = grpc.BidiStreamingClient[LoadImageRequest, LoadImageResponse]
 
+func (c *nodeClient) Pull(ctx context.Context, in *PullRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PullResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Node_ServiceDesc.Streams[1], Node_Pull_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[PullRequest, PullResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Node_PullClient = grpc.ServerStreamingClient[PullResponse]
+
 func (c *nodeClient) WatchSteps(ctx context.Context, in *WatchStepsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Step], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Node_ServiceDesc.Streams[1], Node_WatchSteps_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Node_ServiceDesc.Streams[2], Node_WatchSteps_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -88,7 +111,7 @@ type Node_WatchStepsClient = grpc.ServerStreamingClient[Step]
 
 func (c *nodeClient) Console(ctx context.Context, in *ConsoleRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ConsoleResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Node_ServiceDesc.Streams[2], Node_Console_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Node_ServiceDesc.Streams[3], Node_Console_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -107,7 +130,7 @@ type Node_ConsoleClient = grpc.ServerStreamingClient[ConsoleResponse]
 
 func (c *nodeClient) Forward(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ForwardRequest, ForwardResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Node_ServiceDesc.Streams[3], Node_Forward_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Node_ServiceDesc.Streams[4], Node_Forward_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -120,7 +143,7 @@ type Node_ForwardClient = grpc.BidiStreamingClient[ForwardRequest, ForwardRespon
 
 func (c *nodeClient) ExecStream(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ExecRequest, ExecResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Node_ServiceDesc.Streams[4], Node_ExecStream_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Node_ServiceDesc.Streams[5], Node_ExecStream_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -138,6 +161,9 @@ type NodeServer interface {
 	// LoadImage reads a docker-archive or OCI-layout tar (plain, gzip or zstd)
 	// and answers with progress; the last messages carry the images.
 	LoadImage(grpc.BidiStreamingServer[LoadImageRequest, LoadImageResponse]) error
+	// Pull fetches an image from its registry, as the CRI's PullImage does, and
+	// answers with progress; the last message carries the image.
+	Pull(*PullRequest, grpc.ServerStreamingServer[PullResponse]) error
 	// WatchSteps follows the start-up steps of a pod sandbox by its CRI metadata,
 	// also before RunPodSandbox was called, until the pod is ready or failed.
 	WatchSteps(*WatchStepsRequest, grpc.ServerStreamingServer[Step]) error
@@ -159,6 +185,9 @@ type UnimplementedNodeServer struct{}
 
 func (UnimplementedNodeServer) LoadImage(grpc.BidiStreamingServer[LoadImageRequest, LoadImageResponse]) error {
 	return status.Error(codes.Unimplemented, "method LoadImage not implemented")
+}
+func (UnimplementedNodeServer) Pull(*PullRequest, grpc.ServerStreamingServer[PullResponse]) error {
+	return status.Error(codes.Unimplemented, "method Pull not implemented")
 }
 func (UnimplementedNodeServer) WatchSteps(*WatchStepsRequest, grpc.ServerStreamingServer[Step]) error {
 	return status.Error(codes.Unimplemented, "method WatchSteps not implemented")
@@ -199,6 +228,17 @@ func _Node_LoadImage_Handler(srv interface{}, stream grpc.ServerStream) error {
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Node_LoadImageServer = grpc.BidiStreamingServer[LoadImageRequest, LoadImageResponse]
+
+func _Node_Pull_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(PullRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(NodeServer).Pull(m, &grpc.GenericServerStream[PullRequest, PullResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Node_PullServer = grpc.ServerStreamingServer[PullResponse]
 
 func _Node_WatchSteps_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(WatchStepsRequest)
@@ -249,6 +289,11 @@ var Node_ServiceDesc = grpc.ServiceDesc{
 			Handler:       _Node_LoadImage_Handler,
 			ServerStreams: true,
 			ClientStreams: true,
+		},
+		{
+			StreamName:    "Pull",
+			Handler:       _Node_Pull_Handler,
+			ServerStreams: true,
 		},
 		{
 			StreamName:    "WatchSteps",

@@ -50,6 +50,30 @@ func TestRun(t *testing.T) {
 		}
 	})
 
+	t.Run("no such file", func(t *testing.T) {
+		out, err := n.cli("run", "./nosuch.tar.gz").CombinedOutput()
+		if err == nil || !strings.Contains(string(out), "no such file") {
+			t.Errorf("%v: %s", err, out)
+		}
+	})
+	t.Run("pull", func(t *testing.T) {
+		ref, err := webImage()
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := n.images.ImageStatus(timeout(t, callTimeout), &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: ref}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err := n.cli("image", "pull", ref).CombinedOutput()
+		if want := strings.TrimPrefix(r.GetImage().GetId(), "sha256:"); err != nil || want == "" || string(out) != want[:12]+"\n" {
+			t.Errorf("%v: %s, want the image's id %s", err, out, want)
+		}
+		if out, err := n.cli("image", "pull", suite.registry+"/no/such:image").CombinedOutput(); err == nil || !strings.Contains(string(out), "/no/such:image") {
+			t.Errorf("%v: %s", err, out)
+		}
+	})
+
 	boots.Add(1)
 	cmd := n.cli("run", archive, "-p", "3000:3000", "--name", "app")
 	out := startRecorded(t, cmd)
@@ -108,6 +132,12 @@ func TestRun(t *testing.T) {
 	if err := n.cli("exec", "app", "/bin/exit", "9").Run(); !errors.As(err, &exit) || exit.ExitCode() != 9 {
 		t.Errorf("exec's exit status: %v", err)
 	}
+	for path, want := range map[string]int{"/no/such/command": 127, "/etc/passwd": 126} {
+		out, err := n.cli("exec", "app", path).CombinedOutput()
+		if !errors.As(err, &exit) || exit.ExitCode() != want || !strings.Contains(string(out), path) {
+			t.Errorf("exec of %s: %v: %s, want exit status %d", path, err, out, want)
+		}
+	}
 	in := n.cli("exec", "-i", "app", "/bin/cat")
 	in.Stdin = strings.NewReader("through")
 	if got, err := in.Output(); err != nil || string(got) != "through" {
@@ -146,7 +176,14 @@ func TestRun(t *testing.T) {
 	if left := filesBelow(filepath.Join(n.root, "logs")); len(left) > 0 {
 		t.Errorf("left: %v", left)
 	}
-	if b, err := n.cli("image", "remove", "docker.io/library/app:1").CombinedOutput(); err != nil {
+	boots.Add(1)
+	if b, err := n.cli("run", "docker.io/library/app:1", "--name", "ends", "--", "/bin/exit", "7").CombinedOutput(); !errors.As(err, &exit) || exit.ExitCode() != 7 {
+		t.Errorf("a container that ends with 7: %v: %s", err, b)
+	}
+	if b, err := n.cli("ps", "-a").CombinedOutput(); err != nil || strings.Contains(string(b), "ends") {
+		t.Errorf("its pod is left: %v: %s", err, b)
+	}
+	if b, err := n.cli("image", "remove", "docker.io/library/app:1").CombinedOutput(); err != nil || string(b) != "docker.io/library/app:1\n" {
 		t.Errorf("image remove: %v: %s", err, b)
 	}
 	if b, err := n.cli("exec", "app", "/bin/id").CombinedOutput(); err == nil || !strings.Contains(string(b), `"app"`) {

@@ -15,6 +15,8 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"k8s.io/klog/v2"
 
 	"github.com/cri-vz/cri-vz/sandbox/shim"
@@ -39,6 +41,27 @@ type exitCode int
 
 func (e exitCode) Error() string { return "exit status " + strconv.Itoa(int(e)) }
 
+// notRun is why a command in a container could not be run, with the exit status that
+// a shell has for it.
+type notRun struct {
+	status int
+	reason string
+}
+
+func (e *notRun) Error() string { return e.reason }
+
+// startError tells from what the daemon says of a start, in a container that is there,
+// whether the command was not found (127) or may not be executed (126).
+func startError(err error) error {
+	switch status.Code(err) {
+	case codes.NotFound:
+		return &notRun{127, message(err)}
+	case codes.PermissionDenied:
+		return &notRun{126, message(err)}
+	}
+	return err
+}
+
 // Main runs the command line and returns the process's exit status.
 func Main(args []string) int {
 	// The shim has no command line of its own to parse and must start fast.
@@ -58,6 +81,13 @@ func Main(args []string) int {
 		return int(code)
 	}
 	fmt.Fprintln(os.Stderr, "cri-vz:", printableLines(message(err)))
+	var unstarted *notRun
+	switch {
+	case errors.As(err, &unstarted):
+		return unstarted.status
+	case ctx.Err() != nil:
+		return 130 // as a shell has it for what Ctrl-C ended
+	}
 	return 1
 }
 
@@ -95,7 +125,29 @@ or use any CRI client:
 		root.AddCommand(cmd)
 	}
 	root.AddCommand(newVersion(c))
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usageError(cmd, err) })
+	explainArguments(root)
 	return root
+}
+
+// explainArguments makes the error of a command that has too few or too many
+// arguments say which it takes.
+func explainArguments(cmd *cobra.Command) {
+	if check := cmd.Args; check != nil {
+		cmd.Args = func(cmd *cobra.Command, args []string) error {
+			if err := check(cmd, args); err != nil {
+				return usageError(cmd, err)
+			}
+			return nil
+		}
+	}
+	for _, sub := range cmd.Commands() {
+		explainArguments(sub)
+	}
+}
+
+func usageError(cmd *cobra.Command, err error) error {
+	return fmt.Errorf("%w\nusage: %s\n`%s --help` says more", err, cmd.UseLine(), cmd.CommandPath())
 }
 
 // setVerbosity gives klog the -v that a log level means; errorsOnly leaves

@@ -19,7 +19,8 @@ func newExec(c *client) *cobra.Command {
 		Use:   "exec [-it] CONTAINER COMMAND [ARG...]",
 		Short: "Run a command in a container; the exit status is the command's",
 		Long: `Run a command in a container. CONTAINER is a container's id or the beginning of
-one, or the name of a pod or container that runs once.`,
+one, or the name of a pod or container that runs once. The exit status is the
+command's; 127 if it is not there, 126 if it may not be executed.`,
 		Example: "  cri-vz exec demo /app/web env\n  cri-vz exec -it demo sh",
 		Args:    cobra.MinimumNArgs(2),
 		PreRunE: c.connect,
@@ -92,7 +93,7 @@ func (c *client) exec(cmd *cobra.Command, id string, args []string, stdin, tty b
 		case errors.Is(err, io.EOF):
 			return errors.New("the daemon ended the exec without an exit status")
 		case err != nil:
-			return err
+			return startError(err)
 		case m.GetExited():
 			if m.GetExitCode() != 0 {
 				return exitCode(m.GetExitCode())

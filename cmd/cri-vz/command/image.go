@@ -129,9 +129,22 @@ func newImagePull(c *client) *cobra.Command {
 func (c *client) pull(ctx context.Context, cmd *cobra.Command, ref string) (string, error) {
 	p := newProgress(cmd.ErrOrStderr())
 	defer p.done()
-	p.update("pull "+ref, 0, 0)
-	r, err := c.images.PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: ref}})
-	return r.GetImageRef(), err
+	s, err := c.node.Pull(ctx, &nodeapi.PullRequest{Image: ref})
+	if err != nil {
+		return "", err
+	}
+	for {
+		m, err := s.Recv()
+		switch {
+		case errors.Is(err, io.EOF):
+			return "", errors.New("the daemon ended the pull without an image")
+		case err != nil:
+			return "", err
+		case m.GetImageId() != "":
+			return m.GetImageId(), nil
+		}
+		p.update("pull "+ref+": "+m.GetWhat(), m.GetDoneBytes(), m.GetTotalBytes())
+	}
 }
 
 func newImageList(c *client) *cobra.Command {
@@ -197,6 +210,9 @@ func newImageRemove(c *client) *cobra.Command {
 					return fmt.Errorf("no image %q; `cri-vz image list` lists them", ref)
 				}
 				if _, err := c.images.RemoveImage(ctx, &runtimeapi.RemoveImageRequest{Image: spec}); err != nil {
+					return err
+				}
+				if _, err := fmt.Fprintln(cmd.OutOrStdout(), printable(ref)); err != nil {
 					return err
 				}
 			}

@@ -45,14 +45,54 @@ func (p *progress) update(what string, done, total int64) {
 	fmt.Fprintf(p.w, "\r\x1b[K%s", line)
 }
 
+// follow shows what is being done, and for how long, until stop is called.
+func (p *progress) follow(what string) (stop func()) {
+	quit := make(chan struct{})
+	var wg sync.WaitGroup
+	if p.tty {
+		began := time.Now()
+		wg.Go(func() {
+			tick := time.NewTicker(200 * time.Millisecond)
+			defer tick.Stop()
+			for {
+				select {
+				case <-tick.C:
+					p.update(fmt.Sprintf("  … %s  %d s", what, int(time.Since(began).Seconds())), 0, 0)
+				case <-quit:
+					return
+				}
+			}
+		})
+	}
+	return sync.OnceFunc(func() {
+		close(quit)
+		wg.Wait()
+		p.done()
+	})
+}
+
+// above writes a line that stays.
+func (p *progress) above(write func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.wipe()
+	write()
+}
+
 // done wipes the line.
 func (p *progress) done() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.wipe()
+	p.tty = false
+}
+
+// wipe is called with mu held.
+func (p *progress) wipe() {
 	if p.wrote {
 		fmt.Fprint(p.w, "\r\x1b[K")
+		p.wrote = false
 	}
-	p.tty = false
 }
 
 func humanBytes(n int64) string {

@@ -50,7 +50,9 @@ func newRun(c *client) *cobra.Command {
 		Short: "Run an image or an image archive in a new pod until Ctrl-C",
 		Long: `Run an image in a pod of its own: load or pull it, boot the VM, start the
 container, publish its ports on localhost, and show its output. Ctrl-C, or the
-end of the container, stops and removes the pod; a second Ctrl-C does so at once.`,
+end of the container, stops and removes the pod; a second Ctrl-C does so at once.
+The exit status is the container's; 127 if its command is not there, 126 if that may
+not be executed.`,
 		Example: `  docker save app:1 | gzip > app.tar.gz
   cri-vz run app.tar.gz -p 3000:3000
   cri-vz run docker.io/library/busybox -- echo hello`,
@@ -102,7 +104,10 @@ func (c *client) run(cmd *cobra.Command, o runOptions) (err error) {
 		defer stop()
 		began := time.Now()
 		sandbox := &runtimeapi.PodSandbox{Id: id, Metadata: pod.GetMetadata()}
-		if rerr := c.removePod(context.WithoutCancel(ctx), hurry, sandbox, o.grace); rerr != nil {
+		shown := newProgress(out).follow("stopping; Ctrl-C ends the wait for the container")
+		rerr := c.removePod(context.WithoutCancel(ctx), hurry, sandbox, o.grace)
+		shown()
+		if rerr != nil {
 			err = errors.Join(err, fmt.Errorf("remove pod %s: %s", shortID(id), message(rerr)))
 			return
 		}
@@ -128,7 +133,7 @@ func (c *client) run(cmd *cobra.Command, o runOptions) (err error) {
 	printStep(out, "create container", time.Since(began), "")
 	began = time.Now()
 	if _, err := c.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: ct.GetContainerId()}); err != nil {
-		return err
+		return startError(err)
 	}
 	printStep(out, "start container", time.Since(began), shortID(ct.GetContainerId()))
 
@@ -150,7 +155,11 @@ func (c *client) run(cmd *cobra.Command, o runOptions) (err error) {
 		return err
 	}
 	if s := st.GetStatus(); s.GetExitCode() != 0 {
-		fmt.Fprintf(out, "the container ended with exit status %d (%s) %s\n", s.GetExitCode(), s.GetReason(), printable(s.GetMessage()))
+		text := fmt.Sprintf("the container ended with exit status %d (%s)", s.GetExitCode(), s.GetReason())
+		if m := s.GetMessage(); m != "" {
+			text += ": " + m
+		}
+		fmt.Fprintln(out, printable(text))
 		return exitCode(s.GetExitCode())
 	}
 	return nil
@@ -192,6 +201,9 @@ func (c *client) ensureImage(ctx context.Context, cmd *cobra.Command, ref string
 		return runImage{imgs[0].GetId(), name}, nil
 	}
 	st, err := c.images.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: ref}})
+	if st.GetImage() == nil && looksLikeFile(ref) {
+		return runImage{}, fmt.Errorf("%s: there is no such file, nor an image of that name", ref)
+	}
 	if err != nil {
 		return runImage{}, err
 	}
@@ -203,6 +215,19 @@ func (c *client) ensureImage(ctx context.Context, cmd *cobra.Command, ref string
 		return runImage{}, fmt.Errorf("%s is neither a file nor a loaded image, and can't be pulled: %s", ref, message(err))
 	}
 	return runImage{id, ref}, nil
+}
+
+// looksLikeFile tells what can't be the name of an image, or was hardly meant as one.
+func looksLikeFile(ref string) bool {
+	if strings.HasPrefix(ref, ".") || strings.HasPrefix(ref, "/") {
+		return true
+	}
+	for _, suffix := range []string{".tar", ".tgz", ".tar.gz", ".tar.zst"} {
+		if strings.HasSuffix(ref, suffix) {
+			return true
+		}
+	}
+	return false
 }
 
 var notInNames = regexp.MustCompile(`[^a-z0-9-]+`)
@@ -277,6 +302,9 @@ func (c *client) startPod(ctx context.Context, out io.Writer, pod *runtimeapi.Po
 		return "", err
 	}
 	printed := make(chan struct{})
+	p := newProgress(out)
+	shown := p.follow("starting the pod")
+	defer shown()
 	go func() {
 		defer close(printed)
 		for {
@@ -286,7 +314,7 @@ func (c *client) startPod(ctx context.Context, out io.Writer, pod *runtimeapi.Po
 			}
 			// The guest's own parts are in the pod's verbose status.
 			if s.GetError() == "" && s.GetName() != "" && !strings.HasPrefix(s.GetName(), "guest: ") {
-				printStep(out, s.GetName(), time.Duration(s.GetNanos()), "")
+				p.above(func() { printStep(out, s.GetName(), time.Duration(s.GetNanos()), "") })
 			}
 		}
 	}()

@@ -22,7 +22,7 @@ func newStop(c *client) *cobra.Command {
 		Use:   "stop POD...",
 		Short: "Stop pods and remove them (a pod's VM can't be started again)",
 		Long: `Stop pods and remove them with their containers and the logs that "cri-vz run"
-kept. POD is an id, the beginning of one, or a name.`,
+kept. POD is an id, the beginning of one, or a name; each is printed when it is gone.`,
 		Args:    cobra.MinimumNArgs(1),
 		PreRunE: c.connect,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -31,8 +31,14 @@ kept. POD is an id, the beginning of one, or a name.`,
 				if err != nil {
 					return err
 				}
-				if err := c.removePod(cmd.Context(), cmd.Context(), pod, grace); err != nil {
+				shown := newProgress(cmd.ErrOrStderr()).follow("stopping " + printable(ref))
+				err = c.removePod(cmd.Context(), cmd.Context(), pod, grace)
+				shown()
+				if err != nil {
 					return fmt.Errorf("stop %s: %s", ref, message(err))
+				}
+				if _, err := fmt.Fprintln(cmd.OutOrStdout(), printable(ref)); err != nil {
+					return err
 				}
 			}
 			return nil
