@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -23,11 +24,14 @@ type agent struct {
 	patience time.Duration
 	// deaf is called, once or more, when the agent leaves that unanswered.
 	deaf func(reason string)
+	// broke is closed when the connection is, by either side.
+	broke chan struct{}
 }
 
 func newAgent(conn net.Conn, patience time.Duration, deaf func(string)) *agent {
-	client := ttrpc.NewClient(conn)
-	return &agent{AgentService: guestapi.NewAgentClient(client), client: client, patience: patience, deaf: deaf}
+	broke := make(chan struct{})
+	client := ttrpc.NewClient(conn, ttrpc.WithOnClose(sync.OnceFunc(func() { close(broke) })))
+	return &agent{AgentService: guestapi.NewAgentClient(client), client: client, patience: patience, deaf: deaf, broke: broke}
 }
 
 func (a *agent) close() { a.client.Close() }

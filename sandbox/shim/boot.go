@@ -171,6 +171,7 @@ func (s *Shim) bootOnce(ctx context.Context, sandbox *guestapi.SetUpSandboxReque
 		return fmt.Errorf("the pod was stopped while it booted: %w", errdefs.ErrFailedPrecondition)
 	}
 	s.tasks.Go(func() { s.watchMachine(m) })
+	s.tasks.Go(func() { s.watchAgent(a) })
 	s.tasks.Go(func() {
 		looks := time.NewTicker(clockEvery)
 		defer looks.Stop()
@@ -336,4 +337,24 @@ func (s *Shim) watchMachine(m vmm.Machine) {
 	}
 	// Calls that wait for this agent end now, whatever their connection says.
 	a.close()
+}
+
+// lastBreath is how long the end of a VM may take to be known after its connections
+// broke.
+const lastBreath = 500 * time.Millisecond
+
+// watchAgent waits for the end of the connection to the agent. Nothing can be asked
+// of a pod that has lost it, so that its VM is as good as dead (T12).
+func (s *Shim) watchAgent(a *agent) {
+	select {
+	case <-s.gone:
+		return
+	case <-a.broke:
+	}
+	// Most often it broke because the VM ended, whose watcher knows why.
+	select {
+	case <-s.gone:
+	case <-time.After(lastBreath):
+		s.killVM("the connection to the guest agent broke")
+	}
 }

@@ -475,7 +475,7 @@ func (s *Shim) supervise(a *agent, c *container, outs []*output) {
 		select {
 		case <-s.gone:
 			gone = true
-		case <-time.After(500 * time.Millisecond):
+		case <-time.After(lastBreath):
 			if errdefs.IsUnavailable(err) || errors.Is(r.err, net.ErrClosed) {
 				s.killVM(err.Error())
 				gone = true

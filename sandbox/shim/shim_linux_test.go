@@ -462,6 +462,40 @@ func TestDeafAgent(t *testing.T) {
 	}
 }
 
+// T12: so is one that breaks off, or says what nobody understands, after it was sane:
+// a pod whose agent can't be reached any more must not stay ready.
+func TestAgentGoesMad(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		mad  func(*shimtest.Machine)
+		want string
+	}{
+		{"hangs up", (*shimtest.Machine).HangUp, "connection to the guest agent broke"},
+		{"babbles", func(m *shimtest.Machine) { m.Babble([]byte("HTTP/1.1 400 Bad Request\r\n\r\n")) }, "not answered"},
+		{"says zeroes", func(m *shimtest.Machine) { m.Babble(make([]byte, 1000)); m.GoDeaf() }, "not answered"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := newRig(t, &shimtest.Driver{}, Timeouts{Agent: ms(300)})
+			r.boot()
+			tt.mad(r.driver.Machines()[0])
+			if tt.want == "not answered" { // whoever asks next finds out
+				if _, err := r.Stats(r.ctx(), &guestapi.StatsRequest{}); err == nil {
+					t.Error("Stats succeeded")
+				}
+			}
+			st := r.watch("gone", 3*time.Second, func(st *shimapi.PodState) bool { return st.GetVm() == shimapi.VM_GONE })
+			if !strings.Contains(st.GetReason(), tt.want) {
+				t.Errorf("reason %q, want %q", st.GetReason(), tt.want)
+			}
+			select {
+			case <-r.driver.Machines()[0].Done():
+			case <-time.After(2 * time.Second):
+				t.Error("its VM lives")
+			}
+		})
+	}
+}
+
 func TestVMDies(t *testing.T) {
 	for _, tt := range []struct {
 		name string

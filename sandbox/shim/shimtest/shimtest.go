@@ -111,6 +111,21 @@ var _ vmm.Machine = (*Machine)(nil)
 // GoDeaf makes the agent leave everything unanswered from now on.
 func (m *Machine) GoDeaf() { m.deaf.Store(true) }
 
+// Babble makes an agent that was sane say something else on its control connection.
+func (m *Machine) Babble(garbage []byte) {
+	m.mu.Lock()
+	c := m.conns[0]
+	m.mu.Unlock()
+	_, _ = c.Write(garbage)
+}
+
+// HangUp makes the agent close its control connection.
+func (m *Machine) HangUp() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.conns[0].Close()
+}
+
 // Die ends the machine as if its VMM had crashed, with err, or as if the guest
 // had powered itself off.
 func (m *Machine) Die(err error) {
