@@ -686,6 +686,10 @@ func testGuestRoot(t *testing.T, v *vm, layers []string) {
 			if !strings.Contains(line, " - tmpfs ") || !strings.HasPrefix(f[5], "ro") {
 				t.Errorf("the guest's root is %q", line)
 			}
+			// T25
+			if got, w := v.run(r, spec("read", "/proc/1/oom_score_adj")); w.ExitCode != 0 || got != "-1000\n" {
+				t.Errorf("the agent's OOM score is %q, %v", got, w)
+			}
 			return
 		}
 	}
@@ -797,11 +801,29 @@ func testNothingLeft(t *testing.T, v *vm, layers []string) {
 	r.PidTarget = "main"
 	s.Process.Args = []string{"/probe", "ls", "/sys/block"}
 	got, _ := v.run(r, s)
-	loops := 0
+	loops, layersOf := 0, map[string]string{}
 	for line := range strings.Lines(got) {
-		if strings.HasPrefix(line, "loop") {
-			loops++
+		if !strings.HasPrefix(line, "loop") {
+			continue
 		}
+		loops++
+		// T24: a layer is on one device, which is read-only and caches nothing.
+		dir := "/sys/block/" + strings.TrimSpace(line)
+		state, code := v.exec("main", "loop", "/probe", "read", dir+"/loop/backing_file", dir+"/ro", dir+"/loop/dio")
+		if code != 0 {
+			continue // a device that nothing is bound to
+		}
+		file, flags, _ := strings.Cut(state, "\n")
+		if flags != "1\n1\n" {
+			t.Errorf("%s of %s: read-only and direct are %q", line, file, flags)
+		}
+		if other := layersOf[file]; other != "" {
+			t.Errorf("%s is on %s and %s", file, other, line)
+		}
+		layersOf[file] = line
+	}
+	if len(layersOf) < len(layers) {
+		t.Errorf("loop devices have %v, want %d layers at least", layersOf, len(layers))
 	}
 	t.Logf("loop devices: %d", loops)
 	// max_loop's static devices count too: what matters is that reuse keeps it flat.
@@ -851,6 +873,10 @@ func TestSharedPID(t *testing.T) {
 	}
 	if got, code := v.exec("a", "e", "/probe", "read", "/proc/1/cmdline"); code != 0 || !strings.Contains(got, "pod-init") {
 		t.Errorf("got %q, %d", got, code)
+	}
+	// T25: the OOM killer looks elsewhere first.
+	if got, code := v.exec("a", "e", "/probe", "read", "/proc/1/oom_score_adj"); code != 0 || got != "-999\n" {
+		t.Errorf("pod-init's OOM score is %q, %d", got, code)
 	}
 	// Signals to PID 1 of the pod are swallowed, orphans are reaped.
 	r.Id = "b"
