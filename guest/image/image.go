@@ -53,30 +53,34 @@ type File struct {
 // Guest is a bootable pair of kernel and initramfs.
 type Guest struct {
 	// Arch is the guest's architecture as GOARCH spells it.
-	Arch string
+	Arch string `json:"arch"`
 	// KernelPath and InitrdPath are absolute if the directory given to
 	// [Locate] or [Build] was.
-	KernelPath, InitrdPath string
+	KernelPath string `json:"kernelPath"`
+	InitrdPath string `json:"initrdPath"`
 	// KernelVersion is the kernel's release as `uname -r` prints it in the
 	// guest.
-	KernelVersion string
+	KernelVersion string `json:"kernelVersion"`
 	// KernelFormat is the file's format, as [CheckKernel] names it.
-	KernelFormat string
+	KernelFormat string `json:"kernelFormat"`
 	// KernelSource says what the kernel was taken from: a package with its
 	// version, or a file name.
-	KernelSource string
-	KernelKind   Kind
+	KernelSource string `json:"kernelSource"`
+	KernelKind   Kind   `json:"kernelKind"`
 	// Cmdline is what the kernel needs on any hypervisor. Drivers add their
 	// console to it.
-	Cmdline string
+	Cmdline string `json:"cmdline"`
 	// AgentVersion is the version that the agent's binary carries.
-	AgentVersion string
+	AgentVersion string `json:"agentVersion"`
 	// Kernel, Initrd and Agent are sizes (bytes) and digests. Agent is the
 	// uncompressed /init of the initramfs, not a file of its own.
-	Kernel, Initrd, Agent File
+	Kernel File `json:"kernel"`
+	Initrd File `json:"initrd"`
+	Agent  File `json:"agent"`
 	// Modules are the kernel modules in the initramfs that the agent loads at
 	// boot, in that order; OnDemand those it has at hand.
-	Modules, OnDemand []string
+	Modules  []string `json:"modules"`
+	OnDemand []string `json:"onDemand"`
 }
 
 // manifest is manifest.json: everything but paths and no time stamp, so that

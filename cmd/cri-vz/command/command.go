@@ -131,8 +131,13 @@ or use any CRI client:
 }
 
 // explainArguments makes the error of a command that has too few or too many
-// arguments say which it takes.
+// arguments say which it takes. A command that only has others below it takes none: a
+// mistyped one must not pass for a wish for help.
 func explainArguments(cmd *cobra.Command) {
+	if cmd.HasSubCommands() && !cmd.Runnable() {
+		cmd.Args = cobra.NoArgs
+		cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+	}
 	if check := cmd.Args; check != nil {
 		cmd.Args = func(cmd *cobra.Command, args []string) error {
 			if err := check(cmd, args); err != nil {
@@ -147,7 +152,11 @@ func explainArguments(cmd *cobra.Command) {
 }
 
 func usageError(cmd *cobra.Command, err error) error {
-	return fmt.Errorf("%w\nusage: %s\n`%s --help` says more", err, cmd.UseLine(), cmd.CommandPath())
+	line := cmd.UseLine()
+	if cmd.HasSubCommands() {
+		line = cmd.CommandPath() + " COMMAND"
+	}
+	return fmt.Errorf("%w\nusage: %s\n`%s --help` says more", err, line, cmd.CommandPath())
 }
 
 // setVerbosity gives klog the -v that a log level means; errorsOnly leaves

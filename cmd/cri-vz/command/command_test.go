@@ -48,6 +48,7 @@ func TestUsageErrors(t *testing.T) {
 		{"image load", "usage: cri-vz image load FILE..."},
 		{"ps --nosuch", "unknown flag: --nosuch\nusage: cri-vz ps"},
 		{"frobnicate", "unknown command \"frobnicate\""},
+		{"image lst", "unknown command \"lst\" for \"cri-vz image\""},
 	} {
 		root := newRoot(io.Discard)
 		root.SetArgs(strings.Fields(tc.args))

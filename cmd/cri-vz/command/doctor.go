@@ -77,6 +77,10 @@ status is 1 if a check failed, and 0 if all went well or with warnings.`,
 			if err != nil {
 				return err
 			}
+			// What is found is in the table.
+			if err := setVerbosity(0, true); err != nil {
+				return err
+			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), doctorTimeout)
 			defer cancel()
 			checks := append([]check{

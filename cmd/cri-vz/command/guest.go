@@ -75,6 +75,7 @@ func newGuestInfo(dir *string) *cobra.Command {
 				return err
 			}
 			rows := [][]string{}
+			guests = append([]image.Guest{}, guests...) // [] and not null
 			for _, g := range guests {
 				rows = append(rows,
 					[]string{g.Arch, string(g.KernelKind), "kernel " + g.KernelVersion, humanBytes(g.Kernel.Size), short(g.Kernel.SHA256), g.KernelPath},
