@@ -123,7 +123,7 @@ func (a *Agent) launch(ctx context.Context, sb *sandbox, p *process, cg cgroup, 
 	child.Close()
 	// From here on the other ends are the process's alone, so that its end is
 	// the end of its output.
-	closeFiles(p.child[:])
+	p.closeChild()
 	if err == nil && reply.pidfd == nil {
 		err = errors.New("pod-init sent no pidfd")
 	}
