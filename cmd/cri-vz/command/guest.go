@@ -40,11 +40,10 @@ vmlinux) or a Debian kernel package with --kernel.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			began := time.Now()
-			p := newProgress(cmd.ErrOrStderr())
-			p.update("build the guest for "+o.Arch, 0, 0)
+			shown := newProgress(cmd.ErrOrStderr()).follow("fetching and building the guest for " + o.Arch)
 			o.Dir = *dir
 			built, err := image.BuildAll(cmd.Context(), o)
-			p.done()
+			shown()
 			if err != nil {
 				return err
 			}
