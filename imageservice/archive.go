@@ -385,6 +385,9 @@ func (s *Store) planArchive(a *archive) ([]*plannedImage, error) {
 		if err := decodeJSON("index.json", f.json, &index); err != nil {
 			return nil, err
 		}
+		if err := checkImageCount("index.json", len(index.Manifests)); err != nil {
+			return nil, err
+		}
 		for _, d := range index.Manifests {
 			if d.Annotations["vnd.docker.reference.type"] != "" {
 				continue
@@ -416,6 +419,17 @@ func (s *Store) planArchive(a *archive) ([]*plannedImage, error) {
 		return nil, invalidf("the archive is neither what docker save writes (it has no manifest.json) nor an OCI layout (it has no index.json with an image)")
 	}
 	return plans, nil
+}
+
+// maxArchiveImages bounds the images of one archive: each may cost the reading of a
+// config of megabytes, and all may name the same one.
+const maxArchiveImages = 1000
+
+func checkImageCount(what string, n int) error {
+	if n > maxArchiveImages {
+		return invalidf("%s names %d images, more than %d", what, n, maxArchiveImages)
+	}
+	return nil
 }
 
 func (s *Store) planOCI(a *archive, d v1.Descriptor) (*plannedImage, error) {
@@ -514,6 +528,9 @@ func (s *Store) planDocker(a *archive, add func(*plannedImage)) error {
 	}
 	if len(entries) == 0 {
 		return invalidf("manifest.json names no image")
+	}
+	if err := checkImageCount("manifest.json", len(entries)); err != nil {
+		return err
 	}
 	for i, e := range entries {
 		what := fmt.Sprintf("manifest.json: image %d", i+1)

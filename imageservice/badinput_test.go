@@ -163,6 +163,22 @@ func TestBadArchive(t *testing.T) {
 		{"index.json is bad", tarOf(edit(oci, "index.json", func(e *images.Entry) { e.Body = []byte("{") })), errdefs.IsInvalidArgument, "index.json"},
 		{"manifest.json is bad", tarOf(edit(without(docker, "index.json"), "manifest.json", func(e *images.Entry) { e.Body = []byte("[{}") })), errdefs.IsInvalidArgument, "manifest.json"},
 		{"layer path with ..", tarOf([]images.Entry{images.File("c.json", 0o644, `{"rootfs":{"diff_ids":["sha256:`+strings.Repeat("a", 64)+`"]}}`), images.File("manifest.json", 0o644, `[{"Config":"c.json","Layers":["../../etc/passwd"]}]`)}), errdefs.IsInvalidArgument, ".."},
+		{"too many images", tarOf(edit(oci, "index.json", func(e *images.Entry) {
+			var index v1.IndexManifest
+			if err := json.Unmarshal(e.Body, &index); err != nil {
+				t.Fatal(err)
+			}
+			index.Manifests = slices.Repeat(index.Manifests, 1001)
+			b, err := json.Marshal(index)
+			if err != nil {
+				t.Fatal(err)
+			}
+			e.Body = b
+		})), errdefs.IsInvalidArgument, "more than 1000"},
+		{"too many images in docker's", tarOf(edit(without(docker, "index.json"), "manifest.json", func(e *images.Entry) {
+			one := strings.TrimSuffix(strings.TrimPrefix(strings.TrimSpace(string(e.Body)), "["), "]")
+			e.Body = []byte("[" + strings.Repeat(one+",", 1000) + one + "]")
+		})), errdefs.IsInvalidArgument, "more than 1000"},
 		{"bad tag", tarOf(edit(without(docker, "index.json"), "manifest.json", func(e *images.Entry) {
 			e.Body = bytes.Replace(e.Body, []byte("docker.io/library/bad:1"), []byte("Not A Tag"), 1)
 		})), errdefs.IsInvalidArgument, "not a tag"},

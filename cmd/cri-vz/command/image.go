@@ -104,7 +104,7 @@ func (c *client) load(ctx context.Context, cmd *cobra.Command, name string) ([]*
 		case m.GetImage() != nil:
 			imgs = append(imgs, m.GetImage())
 		default:
-			p.update(m.GetWhat(), m.GetDoneBytes(), m.GetTotalBytes())
+			p.update("load "+name+": "+m.GetWhat(), m.GetDoneBytes(), m.GetTotalBytes())
 		}
 	}
 }
