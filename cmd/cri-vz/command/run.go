@@ -179,7 +179,8 @@ func confined() *runtimeapi.LinuxContainerSecurityContext {
 }
 
 func printStep(w io.Writer, name string, took time.Duration, note string) {
-	fmt.Fprintf(w, "  ✓ %-28s %7.0f ms  %s\n", printable(name), float64(took.Microseconds())/1000, printable(note))
+	line := fmt.Sprintf("  ✓ %-28s %7.0f ms  %s", printable(name), float64(took.Microseconds())/1000, printable(note))
+	fmt.Fprintln(w, strings.TrimRight(line, " "))
 }
 
 type runImage struct{ id, name string }
