@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	nodeapi "github.com/cri-vz/cri-vz/cri/api"
@@ -356,11 +358,20 @@ func (c *client) abandon(ctx context.Context, pod *runtimeapi.PodSandboxConfig) 
 	return os.RemoveAll(pod.GetLogDirectory())
 }
 
-// ended tells whether a container has ended.
+// daemonPatience is how long a daemon that went away may take to be back: containers
+// go on without it.
+const daemonPatience = 30 * time.Second
+
+// ended tells whether a container has ended, or can't be asked about any more.
 func (c *client) ended(id string) func(context.Context) bool {
+	answered := time.Now()
 	return func(ctx context.Context) bool {
 		st, err := c.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
-		return err != nil || st.GetStatus().GetState() == runtimeapi.ContainerState_CONTAINER_EXITED
+		if err == nil {
+			answered = time.Now()
+			return st.GetStatus().GetState() == runtimeapi.ContainerState_CONTAINER_EXITED
+		}
+		return status.Code(err) != codes.Unavailable || time.Since(answered) > daemonPatience
 	}
 }
 

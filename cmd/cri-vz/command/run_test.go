@@ -10,6 +10,7 @@ import (
 	"sync"
 	"testing"
 	"testing/iotest"
+	"testing/synctest"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -224,4 +225,51 @@ func TestLoadNamesTheReadError(t *testing.T) {
 	if _, err := (&client{node: d}).load(t.Context(), cmd, "-"); !errors.Is(err, os.ErrPermission) {
 		t.Error(err)
 	}
+}
+
+// statuses is a daemon that answers ContainerStatus in turn.
+type statuses struct {
+	runtimeapi.RuntimeServiceClient
+	answers []error
+	state   runtimeapi.ContainerState
+}
+
+func (s *statuses) ContainerStatus(context.Context, *runtimeapi.ContainerStatusRequest, ...grpc.CallOption) (*runtimeapi.ContainerStatusResponse, error) {
+	if len(s.answers) > 0 {
+		err := s.answers[0]
+		s.answers = s.answers[1:]
+		return nil, err
+	}
+	return &runtimeapi.ContainerStatusResponse{Status: &runtimeapi.ContainerStatus{State: s.state}}, nil
+}
+
+// A container outlives its daemon, and so does who follows it, for a while.
+func TestFollowingOutlivesTheDaemon(t *testing.T) {
+	gone := status.Error(codes.Unavailable, "connection refused")
+	s := &statuses{answers: []error{gone, gone}, state: runtimeapi.ContainerState_CONTAINER_RUNNING}
+	synctest.Test(t, func(t *testing.T) {
+		ended := (&client{RuntimeServiceClient: s}).ended("x")
+		for range 3 { // away twice, and back
+			if ended(t.Context()) {
+				t.Fatal("a container that runs has ended, because its daemon was away")
+			}
+			time.Sleep(daemonPatience / 2)
+		}
+		s.answers = []error{gone, gone, gone}
+		if ended(t.Context()) {
+			t.Error("the daemon's next absence was cut short")
+		}
+		time.Sleep(daemonPatience)
+		if !ended(t.Context()) {
+			t.Error("a daemon that doesn't come back is waited for without a bound")
+		}
+		s.answers = []error{status.Error(codes.NotFound, "no such container")}
+		if !ended(t.Context()) {
+			t.Error("a container that is not there runs")
+		}
+		s.answers, s.state = nil, runtimeapi.ContainerState_CONTAINER_EXITED
+		if !ended(t.Context()) {
+			t.Error("a container that has ended runs")
+		}
+	})
 }
