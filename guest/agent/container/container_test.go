@@ -714,46 +714,61 @@ func TestExec(t *testing.T) {
 
 // TestTerminal: session, controlling terminal, size and /dev/console.
 func TestTerminal(t *testing.T) {
-	root := newRoot(t)
-	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer master.Close()
-	if err := unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0); err != nil {
-		t.Fatal(err)
-	}
-	n, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPTN)
-	if err != nil {
-		t.Fatal(err)
-	}
-	slave, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	config := newConfig(root, "sh", "-c", "test /proc/self/fd/0 -ef /dev/console && echo same; tty; readlink /proc/self/fd/1; stty size; echo to-tty >/dev/tty; stat -c %u /dev/console")
-	config.Spec.Process.Terminal = true
-	config.Spec.Process.ConsoleSize = &specs.Box{Height: 33, Width: 99}
-	config.User = &User{Name: "alice"}
-	c := start(t, "container-init", config, func(cmd *exec.Cmd) {
-		cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
-	})
-	slave.Close()
-	var out bytes.Buffer
-	read := make(chan struct{})
-	go func() { // EIO when the last slave is closed
-		_, _ = io.Copy(&out, master)
-		close(read)
-	}()
-	c.wait()
-	select {
-	case <-read:
-	case <-time.After(10 * time.Second):
-		t.Fatal("the terminal was not closed within 10 s")
-	}
-	want := "same\n/dev/console\n/dev/console\n33 99\nto-tty\n1000\n"
-	if got := strings.ReplaceAll(out.String(), "\r", ""); c.report != nil || got != want {
-		t.Errorf("report %v, output\n%swant\n%s", c.report, got, want)
+	for name, own := range map[string]bool{"/dev/pts/0": true, "/dev/console": false} {
+		t.Run(name, func(t *testing.T) {
+			config := newConfig(newRoot(t), "sh", "-c", "test /proc/self/fd/0 -ef /dev/console && echo same; tty; readlink /proc/self/fd/1; stty size; echo to-tty >/dev/tty; stat -c %u:%g /dev/console")
+			config.Spec.Process.Terminal = true
+			config.Spec.Process.ConsoleSize = &specs.Box{Height: 33, Width: 99}
+			config.User = &User{Name: "alice"}
+			ptmx, extra := "/dev/ptmx", []*os.File(nil)
+			if own {
+				devpts, err := NewTerminals(&config.Spec, func(id uint32) uint32 { return id + 1000 })
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer devpts.Close()
+				ptmx, extra = fmt.Sprintf("/proc/self/fd/%d/ptmx", devpts.Fd()), []*os.File{devpts}
+				config.TerminalsFD = 4
+			}
+			master, err := os.OpenFile(ptmx, os.O_RDWR|unix.O_NOCTTY, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer master.Close()
+			if err := unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+				t.Fatal(err)
+			}
+			peer, _, errno := unix.Syscall(unix.SYS_IOCTL, master.Fd(), unix.TIOCGPTPEER, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC)
+			if errno != 0 {
+				t.Fatal(errno)
+			}
+			slave := os.NewFile(peer, "slave")
+			var st unix.Stat_t
+			if err := unix.Fstat(int(peer), &st); err != nil || own && st.Gid != 1005 {
+				t.Errorf("the terminal's group is %d, %v; want the spec's, as the caller calls it", st.Gid, err)
+			}
+			c := start(t, "container-init", config, func(cmd *exec.Cmd) {
+				cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
+				cmd.ExtraFiles = append(cmd.ExtraFiles, extra...)
+			})
+			slave.Close()
+			var out bytes.Buffer
+			read := make(chan struct{})
+			go func() { // EIO when the last slave is closed
+				_, _ = io.Copy(&out, master)
+				close(read)
+			}()
+			c.wait()
+			select {
+			case <-read:
+			case <-time.After(10 * time.Second):
+				t.Fatal("the terminal was not closed within 10 s")
+			}
+			want := fmt.Sprintf("same\n%[1]s\n%[1]s\n33 99\nto-tty\n1000:%[2]d\n", name, st.Gid)
+			if got := strings.ReplaceAll(out.String(), "\r", ""); c.report != nil || got != want {
+				t.Errorf("report %v, output\n%swant\n%s", c.report, got, want)
+			}
+		})
 	}
 }
 

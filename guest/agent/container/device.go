@@ -214,13 +214,11 @@ func bindConsole(p *process) error {
 	// Descriptor 0 belongs to the mount namespace it was opened in and can't be
 	// bound from here: find the same device in this one.
 	name := "/dev/pts/" + strconv.FormatUint(uint64(unix.Minor(number)), 10)
-	own := p.config.TerminalsFD != 0
-	source, err := -1, error(nil)
+	own, root, resolve := p.config.TerminalsFD != 0, unix.AT_FDCWD, uint64(unix.RESOLVE_NO_SYMLINKS)
 	if own {
-		source, err = openat2(p.root.fd, name, unix.O_PATH, unix.RESOLVE_IN_ROOT|unix.RESOLVE_NO_SYMLINKS)
-	} else {
-		source, err = openat2(unix.AT_FDCWD, name, unix.O_PATH, unix.RESOLVE_NO_SYMLINKS)
+		root, resolve = p.root.fd, resolve|unix.RESOLVE_IN_ROOT
 	}
+	source, err := openat2(root, name, unix.O_PATH, resolve)
 	if err != nil {
 		return fmt.Errorf("find the terminal in its devpts: %w", err)
 	}

@@ -371,7 +371,7 @@ func filesystemMount(p *process, m specs.Mount, o mountOptions) error {
 	}
 	var tree int
 	if p.config.TerminalsFD != 0 && isTerminals(m) {
-		// The other mount of it is the parent's, which lets go of it.
+		// Made by NewTerminals, with these options.
 		tree, err = unix.FcntlInt(uintptr(p.config.TerminalsFD), unix.F_DUPFD_CLOEXEC, 0)
 	} else {
 		tree, err = newFilesystem(fstype, m.Source, o.data, set)
