@@ -207,12 +207,23 @@ func (c *Container) request(cc *CreateContainer) (*shimapi.CreateContainerReques
 	prefix := c.id[:shortID] + "-"
 	names := make(map[string]bool)
 	files := make(map[string]bool)
+	emptyDirs := make(map[string]*specs.Mount)
 	var volumes []*shimapi.Volume
 	for _, v := range cc.Volumes {
 		if names[v.GetName()] {
 			return nil, fmt.Errorf("two volumes are named %q: %w", v.GetName(), errdefs.ErrInvalidArgument)
 		}
 		names[v.GetName()] = true
+		if !c.pod.pods.o.Driver.KeepsOwners() {
+			m, err := guestEmptyDir(c.pod.rec.config.GetMetadata().GetUid(), v)
+			if err != nil {
+				return nil, err
+			}
+			if m != nil {
+				emptyDirs[v.GetName()] = m
+				continue
+			}
+		}
 		// Where there are no mounts, a single file is in a directory of its own.
 		if st, err := os.Stat(v.GetHostPath()); c.pod.pods.o.Driver.Name == shim.DriverVZ && err == nil {
 			files[v.GetName()] = st.Mode().IsRegular()
@@ -227,6 +238,11 @@ func (c *Container) request(cc *CreateContainer) (*shimapi.CreateContainerReques
 		if name, ok := strings.CutPrefix(m.Source, guestapi.VolumeScheme); ok {
 			if !names[name] {
 				return nil, fmt.Errorf("mount %s is of volume %q, which is not among the volumes: %w", m.Destination, name, errdefs.ErrInvalidArgument)
+			}
+			if e := emptyDirs[name]; e != nil {
+				spec.Mounts[i].Type, spec.Mounts[i].Source = e.Type, e.Source
+				spec.Mounts[i].Options = slices.Concat(m.Options, e.Options)
+				continue
 			}
 			spec.Mounts[i].Source = guestapi.VolumeScheme + prefix + name
 			if files[name] {

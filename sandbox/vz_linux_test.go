@@ -3,6 +3,7 @@
 package sandbox
 
 import (
+	"errors"
 	"net"
 	"net/netip"
 	"os"
@@ -13,6 +14,7 @@ import (
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
+	guestapi "github.com/cri-vz/cri-vz/guest/api"
 	"github.com/cri-vz/cri-vz/sandbox/network"
 	"github.com/cri-vz/cri-vz/sandbox/scratch"
 	"github.com/cri-vz/cri-vz/sandbox/shim"
@@ -139,6 +141,7 @@ func TestPodOnVZ(t *testing.T) {
 			t.Errorf("left behind: %q", left)
 		}
 	})
+	t.Run("emptyDir", func(t *testing.T) { testEmptyDir(t, e, p, mounts) })
 	t.Run("network behind the NAT", func(t *testing.T) {
 		l, err := net.Listen("tcp", "127.0.0.1:0") // which QEMU's NAT shows as the gateway
 		if err != nil {
@@ -186,5 +189,79 @@ func TestPodOnVZ(t *testing.T) {
 	}
 	if st := p.Status(); st.Ready {
 		t.Errorf("ready after Stop: %+v", st)
+	}
+}
+
+// An emptyDir is the guest's own: who owns files in it is the containers' business, of
+// which the host's share knows nothing. // T47
+func testEmptyDir(t *testing.T, e *env, p *Pod, mounts func(...*shimapi.Volume) func(*CreateContainer)) {
+	kubelet := t.TempDir()
+	dir := filepath.Join(kubelet, "pods", p.Config().Metadata.Uid, "volumes/kubernetes.io~empty-dir/cache")
+	// As a kubelet makes them for a pod with fsGroup 2000.
+	for _, d := range []string{dir, filepath.Join(dir, "sub")} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(os.Chown(d, 0, 2000), os.Chmod(d, 0o777|os.ModeSetgid)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cache := &shimapi.Volume{Name: "cache", HostPath: dir}
+	run := func(name string, change func(*CreateContainer), volumes ...*shimapi.Volume) *Container {
+		t.Helper()
+		return e.start(e.create(p, name, func(cc *CreateContainer) {
+			mounts(volumes...)(cc)
+			if change != nil {
+				change(cc)
+			}
+		}, "sleep"))
+	}
+	asRoot := func(cc *CreateContainer) {
+		caps := []string{"CAP_CHOWN"}
+		cc.Spec.Process.Capabilities = &specs.LinuxCapabilities{Bounding: caps, Effective: caps, Permitted: caps}
+	}
+	inGroup := func(cc *CreateContainer) {
+		uid, gid := int64(1001), int64(1001)
+		cc.User = &guestapi.User{Uid: &uid, Gid: &gid, SupplementalGroups: []uint32{2000}}
+	}
+	app := func(c *Container, args ...string) string {
+		t.Helper()
+		out, errOut, code := execIn(t, c, append([]string{"/app"}, args...)...)
+		if code != 0 {
+			t.Errorf("%q: %s", args, errOut)
+		}
+		return out
+	}
+	first := run("writer", asRoot, cache)
+	app(first, "write", "/data/cache/f", "shared")
+	app(first, "chown", "/data/cache/f", "1000", "2000")
+	second := run("reader", inGroup, cache, &shimapi.Volume{Name: "sub", HostPath: filepath.Join(dir, "sub")})
+	if got := app(second, "stat", "/data/cache/f"); got != "644 1000 2000\n" {
+		t.Errorf("the other container's file is %q", got)
+	}
+	app(second, "write", "/data/cache/own", "x")
+	if got := app(first, "stat", "/data/cache/own"); got != "644 1001 2000\n" {
+		t.Errorf("what is made by fsGroup's right alone is %q", got)
+	}
+	if got := app(second, "stat", "/data/cache"); got != "2777 0 2000\n" {
+		t.Errorf("the directory is %q", got)
+	}
+	app(second, "write", "/data/sub/f", "below")
+	if got := app(first, "read", "/data/cache/sub/f"); got != "below" {
+		t.Errorf("by way of a subPath: %q", got)
+	}
+	// A container that is started anew finds it as it was.
+	if err := first.Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	again := run("again", nil, &shimapi.Volume{Name: "cache", HostPath: dir, ReadOnly: true})
+	if got := app(again, "read", "/data/cache/f"); got != "shared" {
+		t.Errorf("after a restart: %q", got)
+	}
+	if _, errOut, code := execIn(t, again, "/app", "write", "/data/cache/f", "x"); code == 0 || !strings.Contains(errOut, "read-only") {
+		t.Errorf("writing where it is read-only: %d %q", code, errOut)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 1 || left[0].Name() != "sub" {
+		t.Errorf("the host sees %v, %v", left, err)
 	}
 }

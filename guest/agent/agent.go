@@ -65,6 +65,8 @@ type Agent struct {
 	// wantBooted ends what the rest of the boot waits for.
 	wantBooted func()
 	bootWanted chan struct{}
+	// emptyDirTurn is a semaphore of one.
+	emptyDirTurn chan struct{}
 
 	bootMu  sync.Mutex // guards what boot finds out
 	steps   []namedStep
@@ -99,6 +101,9 @@ func newAgent(p paths, log *logger) *Agent {
 		setUpBegun: make(chan struct{}),
 		setUpEnded: make(chan struct{}),
 		bootWanted: make(chan struct{}),
+
+		emptyDirTurn: make(chan struct{}, 1),
+
 		missing:    map[string]error{},
 		containers: map[string]*ctr{},
 	}

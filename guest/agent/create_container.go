@@ -271,6 +271,8 @@ func (a *Agent) resolveMounts(c *ctr) error {
 			}
 		case m.Type == api.ImageMount:
 			err = a.mountImage(c, m, target)
+		case m.Type == api.EmptyDirMount:
+			err = a.mountEmptyDir(m, target)
 		case m.Type == "bind" || hasBindOption(m.Options):
 			err = invalidf("source %q is neither %s nor %s", m.Source, api.VolumeScheme, api.AgentScheme)
 		default:

@@ -46,5 +46,15 @@ const (
 	ImageSubpath = "subpath="
 )
 
+// EmptyDirMount is the Type of an OCI mount that is a directory of the scratch disk:
+// the same for all containers of the pod, for as long as the VM lives. Its Source is
+// the directory's name, or a path NAME/DIR/... of one below it. For each part of
+// Source, in their order, an option that begins with EmptyDirMake says as MODE:GID,
+// octal and decimal, how a directory is made that is not there yet.
+const (
+	EmptyDirMount = "emptydir"
+	EmptyDirMake  = "make="
+)
+
 // VolumeScheme begins the Source of an OCI mount that lies in [ShareVolumes].
 const VolumeScheme = "volume://"

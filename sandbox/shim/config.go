@@ -64,6 +64,11 @@ type Driver struct {
 	GID uint32 `json:"gid,omitempty"`
 }
 
+// KeepsOwners tells whether files on shares have the owners in the guest that they
+// have on the host. On macOS the framework decides who owns them, and chown fails
+// (T47).
+func (d Driver) KeepsOwners() bool { return d.Name != DriverVZ }
+
 // Config is what a shim is started with: PodDir/shim.json. Paths are absolute.
 type Config struct {
 	Schema int    `json:"schema"`

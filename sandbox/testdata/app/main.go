@@ -78,6 +78,20 @@ func main() {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
+	case "stat": // mode, owner and group, as a number each
+		var st syscall.Stat_t
+		if err := syscall.Stat(arg(2), &st); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		fmt.Printf("%o %d %d\n", st.Mode&0o7777, st.Uid, st.Gid)
+	case "chown":
+		uid, _ := strconv.Atoi(arg(3))
+		gid, _ := strconv.Atoi(arg(4))
+		if err := os.Chown(arg(2), uid, gid); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
 	case "cache": // fills the page cache with so many MiB of a file, and sleeps
 		n, _ := strconv.Atoi(arg(2))
 		f, err := os.Create("/cached")
