@@ -412,6 +412,7 @@ func (s *Store) planArchive(a *archive) ([]*plannedImage, error) {
 			return nil, err
 		}
 	}
+	plans = s.preferNative(plans)
 	if len(plans) == 0 {
 		if ociErr != nil {
 			return nil, ociErr
@@ -432,6 +433,33 @@ func checkImageCount(what string, n int) error {
 	return nil
 }
 
+// preferNative drops what guests could only translate, where the archive has an image
+// of their own architecture that goes by the same name, or none.
+func (s *Store) preferNative(plans []*plannedImage) []*plannedImage {
+	native := func(p *plannedImage) bool {
+		return p.config.Architecture == "" || p.config.Architecture != s.cfg.Translated
+	}
+	taken := map[string]bool{}
+	for _, p := range plans {
+		if native(p) {
+			for _, tag := range p.tags {
+				taken[tag] = true
+			}
+			taken[""] = taken[""] || len(p.tags) == 0
+		}
+	}
+	return slices.DeleteFunc(plans, func(p *plannedImage) bool {
+		if native(p) {
+			return false
+		}
+		if len(p.tags) == 0 {
+			return taken[""]
+		}
+		p.tags = slices.DeleteFunc(p.tags, func(tag string) bool { return taken[tag] })
+		return len(p.tags) == 0
+	})
+}
+
 func (s *Store) planOCI(a *archive, d v1.Descriptor) (*plannedImage, error) {
 	get := func(d v1.Descriptor, limit int64) ([]byte, error) {
 		f, ok := a.find(blobName(d.Digest.String()))
@@ -450,7 +478,7 @@ func (s *Store) planOCI(a *archive, d v1.Descriptor) (*plannedImage, error) {
 	if err := checkDescriptor(what, d, s.cfg.Limits.ManifestBytes); err != nil {
 		return nil, err
 	}
-	if p := d.Platform; p != nil && p.Architecture != "" && p.Architecture != "unknown" && (p.OS != "linux" || p.Architecture != s.cfg.Arch) {
+	if p := d.Platform; p != nil && p.Architecture != "" && p.Architecture != "unknown" && (p.OS != "linux" || !s.runs(p.Architecture)) {
 		return nil, s.wrongPlatform(what, []string{p.OS + "/" + p.Architecture})
 	}
 	raw, err := get(d, s.cfg.Limits.ManifestBytes)

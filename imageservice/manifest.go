@@ -151,11 +151,16 @@ func (s *Store) parseConfig(what string, raw []byte, layers int) (*v1.ConfigFile
 			return nil, fmt.Errorf("%s: diff ID: %w", what, err)
 		}
 	}
-	if cfg.OS != "" && cfg.OS != "linux" || cfg.Architecture != "" && cfg.Architecture != s.cfg.Arch {
+	if cfg.OS != "" && cfg.OS != "linux" || cfg.Architecture != "" && !s.runs(cfg.Architecture) {
 		return nil, s.wrongPlatform(what, []string{cfg.OS + "/" + cfg.Architecture})
 	}
 	cfg.History = nil
 	return &cfg, nil
+}
+
+// runs tells whether the guests run programs of an architecture.
+func (s *Store) runs(arch string) bool {
+	return arch == s.cfg.Arch || arch == s.cfg.Translated && arch != ""
 }
 
 func (s *Store) wrongPlatform(what string, have []string) error {
@@ -175,27 +180,31 @@ func (s *Store) wrongPlatform(what string, have []string) error {
 // guests, best first, and what platforms there are instead. Attestations and
 // other entries that aren't images have the platform unknown/unknown.
 func (s *Store) pickPlatform(entries []v1.Descriptor) (fit []v1.Descriptor, have []string) {
-	var exact, variants, unsaid []v1.Descriptor
+	var unsaid []v1.Descriptor
+	var exact, variants [2][]v1.Descriptor // the guests' own architecture, and what they translate
 	for _, d := range entries {
 		if d.Annotations["vnd.docker.reference.type"] != "" {
 			continue
 		}
-		p := d.Platform
+		p, foreign := d.Platform, 0
+		if p != nil && p.Architecture != s.cfg.Arch {
+			foreign = 1
+		}
 		switch {
 		case p == nil || p.OS == "" && p.Architecture == "":
 			unsaid = append(unsaid, d)
 		case p.OS == "unknown" || p.Architecture == "unknown":
-		case p.OS != "linux" || p.Architecture != s.cfg.Arch:
+		case p.OS != "linux" || !s.runs(p.Architecture):
 			have = append(have, p.OS+"/"+p.Architecture)
 		case p.Variant == "" || p.Variant == "v8" || p.Variant == "v1":
-			exact = append(exact, d)
+			exact[foreign] = append(exact[foreign], d)
 		default:
 			// amd64/v3 or arm64/v9 may use instructions that the guest lacks.
-			variants = append(variants, d)
+			variants[foreign] = append(variants[foreign], d)
 			have = append(have, p.OS+"/"+p.Architecture+"/"+p.Variant)
 		}
 	}
-	return slices.Concat(exact, unsaid, variants), have
+	return slices.Concat(exact[0], unsaid, variants[0], exact[1], variants[1]), have
 }
 
 // documentSource gives manifests and configs by digest; what it returns has

@@ -29,6 +29,9 @@ type Config struct {
 	// Arch is the guests' GOARCH; default the host's. Images for others are
 	// refused.
 	Arch string
+	// Translated is another GOARCH whose programs the guests can run, slower: an image
+	// for it is taken where there is none for Arch. Empty means none.
+	Translated string
 	// Limits bound what an image may cost; zero fields mean the defaults.
 	Limits Limits
 }

@@ -98,9 +98,9 @@ func guestAndLayer(t testing.TB) (Guest, string) {
 				return err
 			}
 			built.dir = dir
-			for _, b := range [][2]string{{"agent", "../cmd/cri-vz-agent"}, {"app", "./testdata/app"}} {
+			for _, b := range [][3]string{{"agent", "../cmd/cri-vz-agent", guestArch}, {"app", "./testdata/app", guestArch}, {"amd64", "./testdata/app", "amd64"}} {
 				cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", filepath.Join(dir, b[0]), b[1])
-				cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOARCH="+guestArch)
+				cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOARCH="+b[2])
 				if out, err := cmd.CombinedOutput(); err != nil {
 					return fmt.Errorf("build %s: %w\n%s", b[1], err, out)
 				}
@@ -120,7 +120,7 @@ func guestAndLayer(t testing.TB) (Guest, string) {
 			}
 			built.guest = Guest{Arch: g.Arch, Kernel: g.KernelPath, Initrd: g.InitrdPath, Cmdline: g.Cmdline}
 			built.layer = filepath.Join(dir, "layer.ext4")
-			return makeLayer(built.layer, filepath.Join(dir, "app"))
+			return makeLayer(built.layer, filepath.Join(dir, "app"), filepath.Join(dir, "amd64"))
 		}()
 	})
 	if built.err != nil {
@@ -129,12 +129,8 @@ func guestAndLayer(t testing.TB) (Guest, string) {
 	return built.guest, built.layer
 }
 
-// makeLayer is an ext4 image with /app and the directories that mounts need.
-func makeLayer(path, app string) error {
-	b, err := os.ReadFile(app)
-	if err != nil {
-		return err
-	}
+// makeLayer is an ext4 image with programs in / and the directories that mounts need.
+func makeLayer(path string, programs ...string) error {
 	var buf bytes.Buffer
 	w := tar.NewWriter(&buf)
 	for _, d := range []string{"proc/", "sys/", "dev/", "etc/", "tmp/", "data/"} {
@@ -142,11 +138,17 @@ func makeLayer(path, app string) error {
 			return err
 		}
 	}
-	if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "app", Mode: 0o755, Size: int64(len(b))}); err != nil {
-		return err
-	}
-	if _, err := w.Write(b); err != nil {
-		return err
+	for _, program := range programs {
+		b, err := os.ReadFile(program)
+		if err != nil {
+			return err
+		}
+		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: filepath.Base(program), Mode: 0o755, Size: int64(len(b))}); err != nil {
+			return err
+		}
+		if _, err := w.Write(b); err != nil {
+			return err
+		}
 	}
 	if err := w.Close(); err != nil {
 		return err

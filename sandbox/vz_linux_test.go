@@ -53,6 +53,7 @@ func TestIdlePodOnVZGivesMemoryBack(t *testing.T) { testIdlePod(t, newVZEnv(t)) 
 // container and volumes, against the stand-in for the framework. // T47, T50
 func TestPodOnVZ(t *testing.T) {
 	e := newVZEnv(t)
+	t.Setenv("FAKEVZ_ROSETTA", filepath.Join(built.dir, "app"))
 	start := time.Now()
 	p := e.run("mac")
 	t.Logf("ready after %.1f s", time.Since(start).Seconds())
@@ -139,6 +140,13 @@ func TestPodOnVZ(t *testing.T) {
 		}
 		if left, _ := filepath.Glob(filepath.Join(p.dir, shim.FilesDir, "*")); len(left) != 0 {
 			t.Errorf("left behind: %q", left)
+		}
+	})
+	t.Run("a program for amd64, by Rosetta", func(t *testing.T) {
+		c := e.start(e.create(p, "amd64", func(cc *CreateContainer) { cc.Spec.Process.Args = []string{"/amd64", "a", "b"} }))
+		await(t, "exit", 20*time.Second, exited(c))
+		if b, _ := os.ReadFile(c.Status().LogPath); !strings.Contains(string(b), "stdout F translated [/amd64 a b]\n") {
+			t.Errorf("log %q", b)
 		}
 	})
 	t.Run("emptyDir", func(t *testing.T) { testEmptyDir(t, e, p, mounts) })

@@ -63,6 +63,7 @@ var (
 		{step{"scratch disk", mountScratch}, "scratch"},
 		{step{"layers", mountLayersShare}, "layers"},
 		{step{"volumes", mountVolumesShare}, "volumes"},
+		{step{"Rosetta", useRosetta}, ""},
 		{step{"protect the root", sealRoot}, ""},
 	}
 )

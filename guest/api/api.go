@@ -21,12 +21,15 @@ const (
 	PortData = 1025
 )
 
-// Tags of the virtiofs shares and serials of the disks that every pod VM has.
+// Tags of the virtiofs shares and serials of the disks that pod VMs have.
 const (
 	// ShareLayers holds the pod's layer images (*.ext4), read-only on the host.
 	ShareLayers = "layers"
 	// ShareVolumes holds one entry per mounted host path.
 	ShareVolumes = "volumes"
+	// ShareRosetta is there where the host can have amd64 programs run in arm64 guests:
+	// it holds the translator, "rosetta".
+	ShareRosetta = "rosetta"
 	// DiskScratch is the writable disk for overlays.
 	DiskScratch = "scratch"
 )

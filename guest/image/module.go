@@ -34,6 +34,7 @@ var demandModules = []string{
 	"xt_addrtype", "xt_comment", "xt_connmark", "xt_conntrack", "xt_CT", "xt_limit", "xt_LOG", "xt_mark",
 	"xt_MASQUERADE", "xt_multiport", "xt_nat", "xt_owner", "xt_recent", "xt_REDIRECT", "xt_state",
 	"xt_statistic", "xt_tcpudp", "xt_TCPMSS", "xt_TPROXY",
+	"binfmt_misc", // and the agent, for Rosetta
 }
 
 const (

@@ -11,11 +11,9 @@ import (
 
 	"github.com/Code-Hex/vz/v3"
 
+	guestapi "github.com/cri-vz/cri-vz/guest/api"
 	"github.com/cri-vz/cri-vz/sandbox/vmm"
 )
-
-// rosettaTag is the share with Rosetta for Linux, which a guest has that can use it.
-const rosettaTag = "rosetta"
 
 // configure describes the machine to the framework, which has a look at it.
 //
@@ -167,12 +165,12 @@ func (m *machine) addShares(cfg *vz.VirtualMachineConfiguration) error {
 			return err
 		}
 	}
-	if available(featureRosetta) {
+	if available(FeatureRosetta) {
 		share, err := rosettaShare()
 		if err != nil {
-			return fmt.Errorf("%s: %w", rosettaTag, err)
+			return fmt.Errorf("%s: %w", guestapi.ShareRosetta, err)
 		}
-		if err := add(rosettaTag, share); err != nil {
+		if err := add(guestapi.ShareRosetta, share); err != nil {
 			return err
 		}
 	}

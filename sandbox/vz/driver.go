@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	guestapi "github.com/cri-vz/cri-vz/guest/api"
 	"github.com/cri-vz/cri-vz/guest/image"
 	"github.com/cri-vz/cri-vz/sandbox/vmm"
 )
@@ -45,7 +46,7 @@ func (driver) Capabilities(_ context.Context, arch string) (vmm.Capabilities, er
 	if arch != hostArch() {
 		return vmm.Capabilities{}, fmt.Errorf("vz: guests of architecture %q: this Mac runs %s guests only: %w", arch, hostArch(), errdefs.ErrInvalidArgument)
 	}
-	return vmm.Capabilities{Accelerator: "hvf", LiveShares: available(featureLiveShares)}, nil
+	return vmm.Capabilities{Accelerator: "hvf", LiveShares: available(FeatureLiveShares)}, nil
 }
 
 // Validate implements vmm.Driver. It reads the kernel and looks at the other paths.
@@ -90,9 +91,9 @@ func validate(c vmm.Config) error {
 	}
 	for _, s := range c.Shares {
 		switch {
-		case s.Tag == rosettaTag:
+		case s.Tag == guestapi.ShareRosetta:
 			return bad("the share tag %q is taken by Rosetta", s.Tag)
-		case s.Dirs != nil && !available(featureLiveShares):
+		case s.Dirs != nil && !available(FeatureLiveShares):
 			return bad("share %s: directories can't be replaced on this macOS: share one", s.Tag)
 		}
 	}

@@ -1,5 +1,12 @@
 package vz
 
+// Names of features.
+const (
+	FeatureLiveShares = "live shares"
+	// FeatureRosetta: arm64 guests run programs for amd64, too.
+	FeatureRosetta = "Rosetta"
+)
+
 // Feature is something that the driver does where the running macOS can.
 type Feature struct {
 	Name string

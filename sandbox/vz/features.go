@@ -14,23 +14,17 @@ import (
 // without: the MTU of a NIC came last.
 const firstMacOS = 13.0
 
-// What is optional.
-const (
-	featureLiveShares = "live shares"
-	featureRosetta    = "Rosetta"
-)
-
 // Features asks the running macOS for what is optional.
 func Features() ([]Feature, error) {
 	version, err := macOSVersion()
 	if err != nil {
 		return nil, err
 	}
-	live := Feature{Name: featureLiveShares, MacOS: 12, Available: version >= 12}
+	live := Feature{Name: FeatureLiveShares, MacOS: 12, Available: version >= 12}
 	if err := canSetShare(); live.Available && err != nil {
 		live.Available, live.Reason = false, err.Error()
 	}
-	rosetta := Feature{Name: featureRosetta, MacOS: 13}
+	rosetta := Feature{Name: FeatureRosetta, MacOS: 13}
 	rosetta.Available, rosetta.Reason = rosettaState()
 	features := []Feature{live, rosetta}
 	for i, f := range features {

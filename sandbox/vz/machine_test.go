@@ -20,6 +20,7 @@ import (
 	"github.com/Code-Hex/vz/v3"
 	"github.com/containerd/errdefs"
 
+	guestapi "github.com/cri-vz/cri-vz/guest/api"
 	"github.com/cri-vz/cri-vz/sandbox/vmm"
 	"github.com/cri-vz/cri-vz/sandbox/vmm/vmmtest"
 )
@@ -179,7 +180,7 @@ func TestVersionsOfMacOS(t *testing.T) {
 	if _, err := Features(); err == nil {
 		t.Error("features of an unknown macOS")
 	}
-	if available(featureRosetta) {
+	if available(FeatureRosetta) {
 		t.Error("Rosetta on an unknown macOS")
 	}
 }
@@ -242,7 +243,7 @@ func TestRefusals(t *testing.T) {
 		"more memory than the Mac allows": func(c *vmm.Config) { c.MemoryBytes = 1 << 40 },
 		"less memory than the Mac allows": func(c *vmm.Config) { c.MemoryBytes = 1 << 20 },
 		"a disk that is a device":         func(c *vmm.Config) { c.Disks = []vmm.Disk{{Serial: "a", Path: blockDevice(t)}} },
-		"a tag that is Rosetta's":         func(c *vmm.Config) { c.Shares = []vmm.Share{{Tag: rosettaTag, Dir: c.RunDir}} },
+		"a tag that is Rosetta's":         func(c *vmm.Config) { c.Shares = []vmm.Share{{Tag: guestapi.ShareRosetta, Dir: c.RunDir}} },
 		"an MTU that NAT hasn't":          func(c *vmm.Config) { c.NICs = []vmm.NIC{{MAC: []byte{2, 0, 0, 0, 0, 1}, MTU: 9000}} },
 		"a command line that is cut off":  func(c *vmm.Config) { c.Cmdline = strings.Repeat("x", cmdlineLimit+1) },
 		"a tap": func(c *vmm.Config) {

@@ -39,7 +39,11 @@ func serveShare(d *VirtioFileSystemDeviceConfiguration) (_ *shareDevice, front *
 	case *MultipleDirectoryShare:
 		err = s.set(share.dirs)
 	case *LinuxRosettaDirectoryShare:
-		err = os.WriteFile(filepath.Join(base, "rosetta"), []byte("no translator"), 0o755)
+		translator := []byte("no translator")
+		if path := os.Getenv("FAKEVZ_ROSETTA"); path != "" {
+			translator, err = os.ReadFile(path)
+		}
+		err = errors.Join(err, os.WriteFile(filepath.Join(base, "rosetta"), translator, 0o755))
 	default:
 		err = fmt.Errorf("share %T", d.share)
 	}

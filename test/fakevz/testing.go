@@ -11,16 +11,17 @@ import (
 	"time"
 )
 
-// What a test can set, while no machine is being made. Only TestArch and what
-// TestFail does can also come from the environment, for processes that a test starts.
+// What a test can set, while no machine is being made. TestArch and TestRosetta can
+// also come from the environment, for processes that a test starts.
 var (
 	// TestMacOS is the version of macOS that this seems to be.
 	TestMacOS = "15.1"
 	// TestArch is the architecture of this Mac, and of its guests; FAKEVZ_ARCH, or
 	// the machine's own.
 	TestArch = fromEnvironment("FAKEVZ_ARCH", runtime.GOARCH)
-	// TestRosetta is whether there is Rosetta.
-	TestRosetta LinuxRosettaAvailability
+	// TestRosetta is whether there is Rosetta; FAKEVZ_ROSETTA is a program that stands in
+	// for the translator.
+	TestRosetta = rosettaFromEnvironment()
 	// TestCanSetShare is why the share of a running machine can't be replaced.
 	TestCanSetShare error
 	// TestInvalid makes Validate answer false without an error.
@@ -60,6 +61,13 @@ func called(name string, since float64) error {
 		return ErrUnsupportedOSVersion
 	}
 	return nil
+}
+
+func rosettaFromEnvironment() LinuxRosettaAvailability {
+	if os.Getenv("FAKEVZ_ROSETTA") != "" {
+		return LinuxRosettaAvailabilityInstalled
+	}
+	return LinuxRosettaAvailabilityNotSupported
 }
 
 func fromEnvironment(key, otherwise string) string {

@@ -91,7 +91,7 @@ func (m mac) checkDriver(context.Context, *config.Config) finding {
 		return noDriver(err)
 	}
 	for _, f := range features {
-		if f.Name == "live shares" && !f.Available {
+		if f.Name == vz.FeatureLiveShares && !f.Available {
 			return warning("host paths can't be volumes: "+f.Reason, "images and emptyDir volumes work; please report this with the version of macOS")
 		}
 	}
@@ -154,7 +154,7 @@ func (m mac) checkRosetta(context.Context, *config.Config) finding {
 	}
 	for _, f := range features {
 		switch {
-		case f.Name != "Rosetta":
+		case f.Name != vz.FeatureRosetta:
 		case f.Available:
 			return ok("there is Rosetta for Linux")
 		case m.arch == "arm64":

@@ -21,6 +21,7 @@ import (
 	"github.com/cri-vz/cri-vz/sandbox"
 	"github.com/cri-vz/cri-vz/sandbox/scratch"
 	"github.com/cri-vz/cri-vz/sandbox/shim"
+	"github.com/cri-vz/cri-vz/sandbox/vz"
 )
 
 func newServe() *cobra.Command {
@@ -83,6 +84,7 @@ func serve(ctx context.Context, c *config.Config) (err error) {
 	// First the lock on the root: a second daemon must touch nothing.
 	images, err := imageservice.Open(imageservice.Config{
 		Root: filepath.Join(c.Root, "images"), RegistryConfigDir: c.Images.RegistryConfigDir, Arch: runtime.GOARCH,
+		Translated: translated(c.VM.Driver, vz.Features),
 	})
 	if err != nil {
 		return err
@@ -138,6 +140,24 @@ func serve(ctx context.Context, c *config.Config) (err error) {
 	notifySystemd("STOPPING=1")
 	klog.InfoS("cri-vz stops; pods go on", "pods", len(pods.List()))
 	return err
+}
+
+// translated is the architecture whose programs the driver's guests run besides their
+// own; empty if there is none.
+func translated(driver string, features func() ([]vz.Feature, error)) string {
+	if driver != shim.DriverVZ {
+		return ""
+	}
+	found, err := features()
+	if err != nil {
+		klog.ErrorS(err, "Asking for Rosetta failed: images for amd64 alone are refused")
+	}
+	for _, f := range found {
+		if f.Name == vz.FeatureRosetta && f.Available {
+			return "amd64"
+		}
+	}
+	return ""
 }
 
 func openPods(ctx context.Context, c *config.Config, guestDir string, subnet netip.Prefix) (*sandbox.Pods, podNetwork, error) {

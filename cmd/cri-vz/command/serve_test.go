@@ -1,6 +1,7 @@
 package command
 
 import (
+	"errors"
 	"net"
 	"os"
 	"os/exec"
@@ -12,6 +13,8 @@ import (
 	"time"
 
 	"k8s.io/klog/v2"
+
+	"github.com/cri-vz/cri-vz/sandbox/vz"
 )
 
 // socketDir is short enough for a socket's path, unlike t.TempDir.
@@ -166,5 +169,24 @@ func TestNotifySystemd(t *testing.T) {
 	b := make([]byte, 64)
 	if n, err := l.Read(b); err != nil || string(b[:n]) != "READY=1" {
 		t.Errorf("%q, %v", b[:n], err)
+	}
+}
+
+// Images for amd64 are for Macs with Rosetta alone.
+func TestTranslated(t *testing.T) {
+	for _, test := range []struct {
+		name, driver string
+		features     []vz.Feature
+		err          error
+		want         string
+	}{
+		{"a Mac with Rosetta", "vz", []vz.Feature{{Name: vz.FeatureLiveShares, Available: true}, {Name: vz.FeatureRosetta, Available: true}}, nil, "amd64"},
+		{"a Mac without", "vz", []vz.Feature{{Name: vz.FeatureLiveShares, Available: true}, {Name: vz.FeatureRosetta}}, nil, ""},
+		{"a Mac that doesn't answer", "vz", nil, errors.New("broken"), ""},
+		{"Linux", "qemu", []vz.Feature{{Name: vz.FeatureRosetta, Available: true}}, nil, ""},
+	} {
+		if got := translated(test.driver, func() ([]vz.Feature, error) { return test.features, test.err }); got != test.want {
+			t.Errorf("%s: %q, want %q", test.name, got, test.want)
+		}
 	}
 }

@@ -78,6 +78,8 @@ func main() {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
+	case "/amd64": // this program stands in for Rosetta
+		fmt.Println("translated", os.Args[1:])
 	case "stat": // mode, owner and group, as a number each
 		var st syscall.Stat_t
 		if err := syscall.Stat(arg(2), &st); err != nil {
