@@ -86,7 +86,7 @@ func (s *Shim) bootOnce(ctx context.Context, sandbox *guestapi.SetUpSandboxReque
 	defer cancel()
 
 	start := time.Now()
-	mc, err := s.machineConfig()
+	mc, err := s.machineConfig(ctx)
 	if err != nil {
 		return fmt.Errorf("vm start: %w", err)
 	}
@@ -224,8 +224,12 @@ func (s *Shim) addGuestSteps(steps []*guestapi.Step) {
 	})
 }
 
-func (s *Shim) machineConfig() (vmm.Config, error) {
+func (s *Shim) machineConfig(ctx context.Context) (vmm.Config, error) {
 	c := s.cfg
+	volumes, err := s.volumes.share(ctx, s.driver)
+	if err != nil {
+		return vmm.Config{}, err
+	}
 	mc := vmm.Config{
 		ID: c.ID, Arch: c.Arch, Kernel: c.Kernel, Initrd: c.Initrd, Cmdline: c.Cmdline,
 		CPUs: c.CPUs, MemoryBytes: c.MemoryBytes,
@@ -235,7 +239,7 @@ func (s *Shim) machineConfig() (vmm.Config, error) {
 		Disks:      []vmm.Disk{{Serial: guestapi.DiskScratch, Path: filepath.Join(c.PodDir, ScratchFile)}},
 		Shares: []vmm.Share{
 			{Tag: guestapi.ShareLayers, Dir: filepath.Join(c.PodDir, LayersDir), ReadOnly: true},
-			s.volumes.share(),
+			volumes,
 		},
 	}
 	if err := os.MkdirAll(mc.RunDir, 0o700); err != nil {

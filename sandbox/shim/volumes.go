@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"context"
 	"fmt"
 	"path/filepath"
 	"strconv"
@@ -16,8 +17,8 @@ import (
 type volumes interface {
 	// prepare is called once, before the first machine.
 	prepare() error
-	// share is what a machine is to have.
-	share() vmm.Share
+	// share is what a machine of that driver is to have.
+	share(context.Context, vmm.Driver) (vmm.Share, error)
 	// attach tells which machine has it.
 	attach(vmm.Machine)
 	add(*shimapi.Volume) error

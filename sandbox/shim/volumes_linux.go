@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -37,8 +38,8 @@ func newVolumes(c Config) volumes {
 	return &mountedVolumes{dir: filepath.Join(c.PodDir, VolumesDir), hostMountFD: c.HostMountFD, hostRootFD: c.HostRootFD, mounted: make(map[string]bool)}
 }
 
-func (v *mountedVolumes) share() vmm.Share {
-	return vmm.Share{Tag: guestapi.ShareVolumes, Dir: v.dir}
+func (v *mountedVolumes) share(context.Context, vmm.Driver) (vmm.Share, error) {
+	return vmm.Share{Tag: guestapi.ShareVolumes, Dir: v.dir}, nil
 }
 
 func (v *mountedVolumes) attach(vmm.Machine) {}

@@ -37,24 +37,35 @@ const (
 // the file and shows what is written to it in place, and nothing of its neighbours
 // (T30). Its source in the guest is volume://NAME/file.
 type liveVolumes struct {
-	podDir string
-	turn   chan struct{} // one change at a time
+	podDir, arch string
+	turn         chan struct{} // one change at a time
 
 	mu      sync.Mutex
+	fixed   bool // this host can't change the share of a machine that runs: it has nothing
 	dirs    map[string]vmm.SharedDir
 	machine vmm.Machine
 }
 
 func newLiveVolumes(c Config) *liveVolumes {
-	return &liveVolumes{podDir: c.PodDir, turn: make(chan struct{}, 1), dirs: make(map[string]vmm.SharedDir)}
+	return &liveVolumes{podDir: c.PodDir, arch: c.Arch, turn: make(chan struct{}, 1), dirs: make(map[string]vmm.SharedDir)}
 }
 
 func (v *liveVolumes) prepare() error {
 	return errors.Join(os.MkdirAll(filepath.Join(v.podDir, VolumesDir), 0o700), os.MkdirAll(filepath.Join(v.podDir, FilesDir), 0o700))
 }
 
-func (v *liveVolumes) share() vmm.Share {
-	return vmm.Share{Tag: guestapi.ShareVolumes, Dirs: v.current()}
+func (v *liveVolumes) share(ctx context.Context, d vmm.Driver) (vmm.Share, error) {
+	caps, err := d.Capabilities(ctx, v.arch)
+	if err != nil {
+		return vmm.Share{}, err
+	}
+	v.mu.Lock()
+	v.fixed = !caps.LiveShares
+	v.mu.Unlock()
+	if !caps.LiveShares {
+		return vmm.Share{Tag: guestapi.ShareVolumes, Dir: filepath.Join(v.podDir, VolumesDir), ReadOnly: true}, nil
+	}
+	return vmm.Share{Tag: guestapi.ShareVolumes, Dirs: v.current()}, nil
 }
 
 func (v *liveVolumes) current() map[string]vmm.SharedDir {
@@ -92,7 +103,11 @@ func (v *liveVolumes) add(vol *shimapi.Volume) (err error) {
 	defer func() { <-v.turn }()
 	v.mu.Lock()
 	_, taken := v.dirs[name]
+	fixed := v.fixed
 	v.mu.Unlock()
+	if fixed {
+		return fmt.Errorf("host path %s can't be a volume: this host can't share a directory with a machine that runs already (`cri-vz doctor` says why); emptyDir and image volumes need none: %w", path, errdefs.ErrFailedPrecondition)
+	}
 	if taken {
 		return fmt.Errorf("volume %s: %w", name, errdefs.ErrAlreadyExists)
 	}
@@ -148,10 +163,7 @@ func (v *liveVolumes) set() error {
 	if m == nil {
 		return nil
 	}
-	setter, ok := m.(vmm.ShareSetter)
-	if !ok {
-		return fmt.Errorf("this host can't share a directory with a machine that runs: %w", errdefs.ErrFailedPrecondition)
-	}
+	setter := m.(vmm.ShareSetter) // which goes with LiveShares
 	ctx, cancel := context.WithTimeout(context.Background(), setShareTimeout)
 	defer cancel()
 	err := setter.SetShare(ctx, guestapi.ShareVolumes, v.current())
