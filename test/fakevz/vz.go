@@ -258,7 +258,8 @@ func NewDiskImageStorageDeviceAttachmentWithCacheAndSync(diskPath string, readOn
 	if err != nil {
 		return nil, err
 	}
-	if cachingMode != DiskImageCachingModeCached || syncMode == 0 || !st.Mode().IsRegular() {
+	// The framework takes the others, too: they lose data, or wait for the drive.
+	if cachingMode != DiskImageCachingModeCached || syncMode != DiskImageSynchronizationModeFsync || !st.Mode().IsRegular() {
 		return nil, vzError(ErrorInvalidDiskImage, "%s: caching %d, synchronization %d", diskPath, cachingMode, syncMode)
 	}
 	return &DiskImageStorageDeviceAttachment{diskPath, readOnly}, nil
