@@ -15,24 +15,50 @@ import (
 	"github.com/cri-vz/cri-vz/sandbox/vmm/vmmtest"
 )
 
-// guest is the image that a Mac boots; it is built, which takes the network, if the
-// machine has none.
+// guest is the image that a Mac boots; it is built, which takes apt and the network, if
+// the machine has none.
 func guest(t testing.TB) vmmtest.Guest {
 	t.Helper()
 	dir, err := image.DefaultDir()
 	if err != nil {
 		t.Fatal(err)
 	}
+	return guestIn(t, dir)
+}
+
+// guestIn prefers the kernel that CI runs with. A Mac has one of its user's choice,
+// because it has no apt to fetch that with.
+func guestIn(t testing.TB, dir string) vmmtest.Guest {
+	t.Helper()
 	g, err := image.LocateKind(dir, hostArch(), image.KindStock)
+	if errdefs.IsNotFound(err) {
+		g, err = image.Locate(dir, hostArch())
+	}
 	if errdefs.IsNotFound(err) {
 		g, err = image.Build(t.Context(), image.Options{
 			Dir: filepath.Join(dir, "conformance"), Arch: hostArch(), Agent: vmmtest.Init(t, hostArch()), Kind: image.KindStock,
 		})
 	}
 	if err != nil {
-		t.Fatalf("no guest to boot: %v", err)
+		t.Fatalf("no guest to boot; make one with `cri-vz guest build`, on a Mac as the README says: %v", err)
 	}
 	return vmmtest.Guest{Arch: g.Arch, Kernel: g.KernelPath, Initrd: g.InitrdPath, Cmdline: g.Cmdline}
+}
+
+// What a Mac user has built with --kernel is found: there is nothing to fetch another
+// with.
+func TestGuestOfAMac(t *testing.T) {
+	stock, dir := guest(t), t.TempDir()
+	built, err := image.Build(t.Context(), image.Options{
+		Dir: dir, Arch: stock.Arch, Agent: vmmtest.Init(t, stock.Arch), Kernel: stock.Kernel,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", t.TempDir()) // no apt
+	if g := guestIn(t, dir); built.KernelKind == image.KindStock || g.Kernel != built.KernelPath {
+		t.Errorf("%s (%s) was built, %s found", built.KernelPath, built.KernelKind, g.Kernel)
+	}
 }
 
 func newDriver(t *testing.T) vmm.Driver {
