@@ -143,6 +143,25 @@ func TestFormula(t *testing.T) {
 	}
 }
 
+// `make build` on what seems to be a Mac: with cgo, and signed with the entitlement.
+func TestMakeBuildOnAMac(t *testing.T) {
+	path := t.TempDir()
+	if err := os.WriteFile(filepath.Join(path, "uname"), []byte("#!/bin/sh\necho Darwin\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), "make", "--dry-run", "build")
+	cmd.Dir = "../.."
+	cmd.Env = append(os.Environ(), "PATH="+path+":"+os.Getenv("PATH"))
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	want := regexp.MustCompile(`(?s)^CGO_ENABLED=1 go build .* -o bin/cri-vz \./cmd/cri-vz\ncodesign --force --sign - --entitlements hack/vz\.entitlements bin/cri-vz\n$`)
+	if !want.Match(out) {
+		t.Errorf("%s", out)
+	}
+}
+
 // hack/mac-first-run on what seems to be a Mac: verdicts, figures, exit status, log.
 func TestFirstRunScript(t *testing.T) {
 	for _, test := range []struct {
