@@ -15,7 +15,10 @@
 // A share is read-only on the host's side where it says so. A share with several
 // directories can change while the guest runs, which vz does not offer: see
 // setShare. The owners of files are the framework's own idea, and chown does not
-// work (T47). File locks stay in the guest, sockets can't be shared.
+// work (T47), so what pods write for themselves alone is better on a disk. File locks
+// stay in the guest, sockets can't be shared. For each file and directory that a guest's
+// kernel remembers the framework is said to keep a descriptor, and a Mac can run out of
+// them: an agent forgets the volumes of a removed container.
 //
 // # vz v3.7.1
 //
