@@ -17,7 +17,8 @@ import (
 // a caller can tell a request that can never work from a machine that failed.
 var ErrConfig = errors.New("invalid machine configuration")
 
-// Config describes one virtual machine. All paths are absolute.
+// Config describes one virtual machine. All paths are absolute. Every machine has a
+// vsock device and one for entropy besides.
 type Config struct {
 	// ID names the machine in logs and error messages.
 	ID string

@@ -543,6 +543,11 @@ func (s *suite) life(t *testing.T) {
 			t.Errorf("architecture, CPUs, MiB = %v, want %s 2 and up to 256", f, want)
 		}
 	})
+	t.Run("entropy", func(t *testing.T) {
+		if got := guest.do(t, "read /sys/class/misc/hw_random/rng_current"); !strings.HasPrefix(got, "virtio_rng") {
+			t.Errorf("random numbers come from %q, want the host's", got)
+		}
+	})
 	if pinner, ok := m.Machine.(vmm.CPUPinner); ok {
 		t.Run("host CPUs", func(t *testing.T) { pinCPUs(t, m, pinner, c.CPUs) }) // T28
 	}
