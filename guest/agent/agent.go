@@ -86,6 +86,7 @@ type sandbox struct {
 	pidsMax int64 // of all containers together; 0: no bound
 	netns   *os.File
 	ids     *idMaps // nil: no user namespace
+	dhcp    *dhcp   // nil: the host gave the addresses
 	ready   bool    // set up completely
 }
 

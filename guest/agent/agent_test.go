@@ -517,7 +517,7 @@ func TestPortForward(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, domain := range []int{unix.AF_INET, unix.AF_INET6} {
-		fd, err := socketIn(netns, domain)
+		fd, err := socketIn(netns, domain, unix.SOCK_STREAM, 0)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -21,6 +21,8 @@ type podInterface struct {
 	Name      string         `json:"name"`
 	MTU       uint32         `json:"mtu,omitempty"`
 	Addresses []netip.Prefix `json:"addresses,omitempty"`
+
+	mac net.HardwareAddr // PID 1's
 }
 
 // podRoute has an invalid Gateway for a destination that is on the link.

@@ -55,6 +55,14 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 	s.run("clock", func() error { return setClock(r.UnixNanos) })
 	s.run("entropy", func() error { return addEntropy(r.Entropy) })
 	s.run("boot", func() error { return a.await(ctx, a.networked) })
+	for i, in := range r.Interfaces {
+		if in.Dhcp {
+			s.run("DHCP on "+setup.Interfaces[i].Name, func() (err error) {
+				sb.dhcp, err = startDHCP(ctx, r, setup, i)
+				return err
+			})
+		}
+	}
 	s.run("pod-init", func() error {
 		pod, err := startPodInit(a.reaper, a.paths.exe, r.PidMode == api.NamespaceMode_POD, ids)
 		if err != nil {
@@ -77,7 +85,7 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 			if err != nil {
 				return err
 			}
-			setup.Interfaces[i].Index = link.Index
+			setup.Interfaces[i].Index, setup.Interfaces[i].mac = link.Index, link.HardwareAddr
 			if err := moveLink(link.Index, sb.pod.pid); err != nil {
 				return fmt.Errorf("move %s into the pod's network namespace: %w", link.Name, err)
 			}
@@ -92,13 +100,19 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 		reply, err := sb.pod.call(ctx, &message{Op: opSetup, Setup: setup}, nil)
 		s.steps, s.err = append(s.steps, reply.steps...), err
 	}
+	resp := &api.SetUpSandboxResponse{}
+	if s.err == nil && sb.dhcp != nil {
+		s.run("announce", func() error { return sb.dhcp.announce(int(sb.netns.Fd()), setup) })
+		resp.Lease = sb.dhcp.lease.api()
+	}
 	if s.err != nil {
 		return nil, fmt.Errorf("set up sandbox: %w", s.err)
 	}
 	a.mu.Lock()
 	sb.ready = true
 	a.mu.Unlock()
-	return &api.SetUpSandboxResponse{Steps: apiSteps(s.steps)}, nil
+	resp.Steps = apiSteps(s.steps)
+	return resp, nil
 }
 
 func apiSteps(steps []namedStep) []*api.Step {
@@ -118,6 +132,7 @@ func parseSetup(r *api.SetUpSandboxRequest, ids *idMaps) (*podSetup, error) {
 	if len(r.Entropy) > maxEntropy {
 		return nil, invalidf("%d bytes of entropy are more than %d", len(r.Entropy), maxEntropy)
 	}
+	leased := false
 	for _, in := range r.Interfaces {
 		p := podInterface{Name: in.Name, MTU: in.Mtu}
 		if p.Name == "" {
@@ -133,6 +148,10 @@ func parseSetup(r *api.SetUpSandboxRequest, ids *idMaps) (*podSetup, error) {
 			}
 			p.Addresses = append(p.Addresses, a)
 		}
+		if in.Dhcp && (leased || len(p.Addresses) > 0) {
+			return nil, invalidf("interface %s: DHCP gives one interface its one address", p.Name)
+		}
+		leased = leased || in.Dhcp
 		s.Interfaces = append(s.Interfaces, p)
 	}
 	for _, route := range r.Routes {

@@ -193,7 +193,7 @@ func dialIn(netns int, addr unix.Sockaddr) (*net.TCPConn, error) {
 	if _, ok := addr.(*unix.SockaddrInet6); ok {
 		domain = unix.AF_INET6
 	}
-	fd, err := socketIn(netns, domain)
+	fd, err := socketIn(netns, domain, unix.SOCK_STREAM, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -235,9 +235,9 @@ func connect(fd int, addr unix.Sockaddr) error {
 	}
 }
 
-// socketIn makes a TCP socket in a network namespace; it stays there whoever
-// uses it.
-func socketIn(netns, domain int) (int, error) {
+// socketIn makes a socket, which doesn't block, in a network namespace; it stays
+// there whoever uses it.
+func socketIn(netns, domain, kind, protocol int) (int, error) {
 	type result struct {
 		fd  int
 		err error
@@ -257,7 +257,7 @@ func socketIn(netns, domain int) (int, error) {
 			done <- result{-1, fmt.Errorf("enter the pod's network namespace: %w", err)}
 			return
 		}
-		fd, err := unix.Socket(domain, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+		fd, err := unix.Socket(domain, kind|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, protocol)
 		if unix.Setns(own, unix.CLONE_NEWNET) == nil {
 			runtime.UnlockOSThread()
 		} // else the thread ends with its goroutine

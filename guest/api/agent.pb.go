@@ -459,11 +459,17 @@ func (x *SetUpSandboxRequest) GetPidsMax() int64 {
 }
 
 type Interface struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // in the pod: eth0
-	Mac           string                 `protobuf:"bytes,2,opt,name=mac,proto3" json:"mac,omitempty"`   // finds the guest's NIC
-	Mtu           uint32                 `protobuf:"varint,3,opt,name=mtu,proto3" json:"mtu,omitempty"`
-	Addresses     []string               `protobuf:"bytes,4,rep,name=addresses,proto3" json:"addresses,omitempty"` // CIDR; the routes that the prefixes imply are Routes too
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Name      string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // in the pod: eth0
+	Mac       string                 `protobuf:"bytes,2,opt,name=mac,proto3" json:"mac,omitempty"`   // finds the guest's NIC
+	Mtu       uint32                 `protobuf:"varint,3,opt,name=mtu,proto3" json:"mtu,omitempty"`
+	Addresses []string               `protobuf:"bytes,4,rep,name=addresses,proto3" json:"addresses,omitempty"` // CIDR; the routes that the prefixes imply are Routes too
+	// The address comes from a DHCP server on this link, and so do the routes: to the
+	// gateway, and by way of it to the world. At most one interface has it.
+	Dhcp bool `protobuf:"varint,5,opt,name=dhcp,proto3" json:"dhcp,omitempty"`
+	// The rest of the subnet of the interface with dhcp is on this link, which has no
+	// address of its own.
+	DhcpPeers     bool `protobuf:"varint,6,opt,name=dhcp_peers,json=dhcpPeers,proto3" json:"dhcp_peers,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -526,6 +532,81 @@ func (x *Interface) GetAddresses() []string {
 	return nil
 }
 
+func (x *Interface) GetDhcp() bool {
+	if x != nil {
+		return x.Dhcp
+	}
+	return false
+}
+
+func (x *Interface) GetDhcpPeers() bool {
+	if x != nil {
+		return x.DhcpPeers
+	}
+	return false
+}
+
+// Lease is what a DHCP server granted.
+type Lease struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Address       string                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"` // CIDR
+	Gateway       string                 `protobuf:"bytes,2,opt,name=gateway,proto3" json:"gateway,omitempty"`
+	Seconds       uint32                 `protobuf:"varint,3,opt,name=seconds,proto3" json:"seconds,omitempty"` // from when it was asked for
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Lease) Reset() {
+	*x = Lease{}
+	mi := &file_guest_api_agent_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Lease) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Lease) ProtoMessage() {}
+
+func (x *Lease) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_api_agent_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Lease.ProtoReflect.Descriptor instead.
+func (*Lease) Descriptor() ([]byte, []int) {
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Lease) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *Lease) GetGateway() string {
+	if x != nil {
+		return x.Gateway
+	}
+	return ""
+}
+
+func (x *Lease) GetSeconds() uint32 {
+	if x != nil {
+		return x.Seconds
+	}
+	return 0
+}
+
 type Route struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Destination   string                 `protobuf:"bytes,1,opt,name=destination,proto3" json:"destination,omitempty"` // CIDR; empty: default of the gateway's family
@@ -539,7 +620,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_guest_api_agent_proto_msgTypes[6]
+	mi := &file_guest_api_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -551,7 +632,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[6]
+	mi := &file_guest_api_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -564,7 +645,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{6}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Route) GetDestination() string {
@@ -613,7 +694,7 @@ type DNS struct {
 
 func (x *DNS) Reset() {
 	*x = DNS{}
-	mi := &file_guest_api_agent_proto_msgTypes[7]
+	mi := &file_guest_api_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -625,7 +706,7 @@ func (x *DNS) String() string {
 func (*DNS) ProtoMessage() {}
 
 func (x *DNS) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[7]
+	mi := &file_guest_api_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -638,7 +719,7 @@ func (x *DNS) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DNS.ProtoReflect.Descriptor instead.
 func (*DNS) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{7}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *DNS) GetServers() []string {
@@ -672,7 +753,7 @@ type HostAlias struct {
 
 func (x *HostAlias) Reset() {
 	*x = HostAlias{}
-	mi := &file_guest_api_agent_proto_msgTypes[8]
+	mi := &file_guest_api_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -684,7 +765,7 @@ func (x *HostAlias) String() string {
 func (*HostAlias) ProtoMessage() {}
 
 func (x *HostAlias) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[8]
+	mi := &file_guest_api_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -697,7 +778,7 @@ func (x *HostAlias) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostAlias.ProtoReflect.Descriptor instead.
 func (*HostAlias) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{8}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *HostAlias) GetAddress() string {
@@ -717,13 +798,14 @@ func (x *HostAlias) GetNames() []string {
 type SetUpSandboxResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Steps         []*Step                `protobuf:"bytes,1,rep,name=steps,proto3" json:"steps,omitempty"`
+	Lease         *Lease                 `protobuf:"bytes,2,opt,name=lease,proto3" json:"lease,omitempty"` // if an interface has dhcp
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SetUpSandboxResponse) Reset() {
 	*x = SetUpSandboxResponse{}
-	mi := &file_guest_api_agent_proto_msgTypes[9]
+	mi := &file_guest_api_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -735,7 +817,7 @@ func (x *SetUpSandboxResponse) String() string {
 func (*SetUpSandboxResponse) ProtoMessage() {}
 
 func (x *SetUpSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[9]
+	mi := &file_guest_api_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -748,7 +830,7 @@ func (x *SetUpSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetUpSandboxResponse.ProtoReflect.Descriptor instead.
 func (*SetUpSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{9}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *SetUpSandboxResponse) GetSteps() []*Step {
@@ -756,6 +838,165 @@ func (x *SetUpSandboxResponse) GetSteps() []*Step {
 		return x.Steps
 	}
 	return nil
+}
+
+func (x *SetUpSandboxResponse) GetLease() *Lease {
+	if x != nil {
+		return x.Lease
+	}
+	return nil
+}
+
+type RenewLeaseRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenewLeaseRequest) Reset() {
+	*x = RenewLeaseRequest{}
+	mi := &file_guest_api_agent_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenewLeaseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenewLeaseRequest) ProtoMessage() {}
+
+func (x *RenewLeaseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_api_agent_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenewLeaseRequest.ProtoReflect.Descriptor instead.
+func (*RenewLeaseRequest) Descriptor() ([]byte, []int) {
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{11}
+}
+
+type RenewLeaseResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Lease         *Lease                 `protobuf:"bytes,1,opt,name=lease,proto3" json:"lease,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenewLeaseResponse) Reset() {
+	*x = RenewLeaseResponse{}
+	mi := &file_guest_api_agent_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenewLeaseResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenewLeaseResponse) ProtoMessage() {}
+
+func (x *RenewLeaseResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_api_agent_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenewLeaseResponse.ProtoReflect.Descriptor instead.
+func (*RenewLeaseResponse) Descriptor() ([]byte, []int) {
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *RenewLeaseResponse) GetLease() *Lease {
+	if x != nil {
+		return x.Lease
+	}
+	return nil
+}
+
+type ReleaseLeaseRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseLeaseRequest) Reset() {
+	*x = ReleaseLeaseRequest{}
+	mi := &file_guest_api_agent_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseLeaseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseLeaseRequest) ProtoMessage() {}
+
+func (x *ReleaseLeaseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_api_agent_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseLeaseRequest.ProtoReflect.Descriptor instead.
+func (*ReleaseLeaseRequest) Descriptor() ([]byte, []int) {
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{13}
+}
+
+type ReleaseLeaseResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseLeaseResponse) Reset() {
+	*x = ReleaseLeaseResponse{}
+	mi := &file_guest_api_agent_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseLeaseResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseLeaseResponse) ProtoMessage() {}
+
+func (x *ReleaseLeaseResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_api_agent_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseLeaseResponse.ProtoReflect.Descriptor instead.
+func (*ReleaseLeaseResponse) Descriptor() ([]byte, []int) {
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{14}
 }
 
 type CreateContainerRequest struct {
@@ -782,7 +1023,7 @@ type CreateContainerRequest struct {
 
 func (x *CreateContainerRequest) Reset() {
 	*x = CreateContainerRequest{}
-	mi := &file_guest_api_agent_proto_msgTypes[10]
+	mi := &file_guest_api_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -794,7 +1035,7 @@ func (x *CreateContainerRequest) String() string {
 func (*CreateContainerRequest) ProtoMessage() {}
 
 func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[10]
+	mi := &file_guest_api_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -807,7 +1048,7 @@ func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateContainerRequest.ProtoReflect.Descriptor instead.
 func (*CreateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{10}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CreateContainerRequest) GetId() string {
@@ -895,7 +1136,7 @@ type User struct {
 
 func (x *User) Reset() {
 	*x = User{}
-	mi := &file_guest_api_agent_proto_msgTypes[11]
+	mi := &file_guest_api_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -907,7 +1148,7 @@ func (x *User) String() string {
 func (*User) ProtoMessage() {}
 
 func (x *User) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[11]
+	mi := &file_guest_api_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -920,7 +1161,7 @@ func (x *User) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use User.ProtoReflect.Descriptor instead.
 func (*User) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{11}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *User) GetName() string {
@@ -969,7 +1210,7 @@ type ResolvedUser struct {
 
 func (x *ResolvedUser) Reset() {
 	*x = ResolvedUser{}
-	mi := &file_guest_api_agent_proto_msgTypes[12]
+	mi := &file_guest_api_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -981,7 +1222,7 @@ func (x *ResolvedUser) String() string {
 func (*ResolvedUser) ProtoMessage() {}
 
 func (x *ResolvedUser) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[12]
+	mi := &file_guest_api_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -994,7 +1235,7 @@ func (x *ResolvedUser) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolvedUser.ProtoReflect.Descriptor instead.
 func (*ResolvedUser) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{12}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ResolvedUser) GetUid() uint32 {
@@ -1027,7 +1268,7 @@ type CreateContainerResponse struct {
 
 func (x *CreateContainerResponse) Reset() {
 	*x = CreateContainerResponse{}
-	mi := &file_guest_api_agent_proto_msgTypes[13]
+	mi := &file_guest_api_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1039,7 +1280,7 @@ func (x *CreateContainerResponse) String() string {
 func (*CreateContainerResponse) ProtoMessage() {}
 
 func (x *CreateContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[13]
+	mi := &file_guest_api_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1052,7 +1293,7 @@ func (x *CreateContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateContainerResponse.ProtoReflect.Descriptor instead.
 func (*CreateContainerResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{13}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *CreateContainerResponse) GetUser() *ResolvedUser {
@@ -1071,7 +1312,7 @@ type StartContainerRequest struct {
 
 func (x *StartContainerRequest) Reset() {
 	*x = StartContainerRequest{}
-	mi := &file_guest_api_agent_proto_msgTypes[14]
+	mi := &file_guest_api_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1083,7 +1324,7 @@ func (x *StartContainerRequest) String() string {
 func (*StartContainerRequest) ProtoMessage() {}
 
 func (x *StartContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[14]
+	mi := &file_guest_api_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1096,7 +1337,7 @@ func (x *StartContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartContainerRequest.ProtoReflect.Descriptor instead.
 func (*StartContainerRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{14}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *StartContainerRequest) GetId() string {
@@ -1116,7 +1357,7 @@ type StartContainerResponse struct {
 
 func (x *StartContainerResponse) Reset() {
 	*x = StartContainerResponse{}
-	mi := &file_guest_api_agent_proto_msgTypes[15]
+	mi := &file_guest_api_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1128,7 +1369,7 @@ func (x *StartContainerResponse) String() string {
 func (*StartContainerResponse) ProtoMessage() {}
 
 func (x *StartContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[15]
+	mi := &file_guest_api_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1141,7 +1382,7 @@ func (x *StartContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartContainerResponse.ProtoReflect.Descriptor instead.
 func (*StartContainerResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{15}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *StartContainerResponse) GetPid() uint32 {
@@ -1175,7 +1416,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_guest_api_agent_proto_msgTypes[16]
+	mi := &file_guest_api_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1187,7 +1428,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[16]
+	mi := &file_guest_api_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1200,7 +1441,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{16}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ExecRequest) GetId() string {
@@ -1275,7 +1516,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_guest_api_agent_proto_msgTypes[17]
+	mi := &file_guest_api_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1287,7 +1528,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[17]
+	mi := &file_guest_api_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1300,7 +1541,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{17}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ExecResponse) GetPid() uint32 {
@@ -1320,7 +1561,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_guest_api_agent_proto_msgTypes[18]
+	mi := &file_guest_api_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1332,7 +1573,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[18]
+	mi := &file_guest_api_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1345,7 +1586,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{18}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *WaitRequest) GetId() string {
@@ -1374,7 +1615,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_guest_api_agent_proto_msgTypes[19]
+	mi := &file_guest_api_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1386,7 +1627,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[19]
+	mi := &file_guest_api_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1399,7 +1640,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{19}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *WaitResponse) GetExitCode() int32 {
@@ -1442,7 +1683,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_guest_api_agent_proto_msgTypes[20]
+	mi := &file_guest_api_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1454,7 +1695,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[20]
+	mi := &file_guest_api_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1467,7 +1708,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{20}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SignalRequest) GetId() string {
@@ -1506,7 +1747,7 @@ type SignalResponse struct {
 
 func (x *SignalResponse) Reset() {
 	*x = SignalResponse{}
-	mi := &file_guest_api_agent_proto_msgTypes[21]
+	mi := &file_guest_api_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1518,7 +1759,7 @@ func (x *SignalResponse) String() string {
 func (*SignalResponse) ProtoMessage() {}
 
 func (x *SignalResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[21]
+	mi := &file_guest_api_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1531,7 +1772,7 @@ func (x *SignalResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalResponse.ProtoReflect.Descriptor instead.
 func (*SignalResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{21}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{26}
 }
 
 type ResizePtyRequest struct {
@@ -1546,7 +1787,7 @@ type ResizePtyRequest struct {
 
 func (x *ResizePtyRequest) Reset() {
 	*x = ResizePtyRequest{}
-	mi := &file_guest_api_agent_proto_msgTypes[22]
+	mi := &file_guest_api_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1558,7 +1799,7 @@ func (x *ResizePtyRequest) String() string {
 func (*ResizePtyRequest) ProtoMessage() {}
 
 func (x *ResizePtyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[22]
+	mi := &file_guest_api_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1571,7 +1812,7 @@ func (x *ResizePtyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizePtyRequest.ProtoReflect.Descriptor instead.
 func (*ResizePtyRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{22}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ResizePtyRequest) GetId() string {
@@ -1610,7 +1851,7 @@ type ResizePtyResponse struct {
 
 func (x *ResizePtyResponse) Reset() {
 	*x = ResizePtyResponse{}
-	mi := &file_guest_api_agent_proto_msgTypes[23]
+	mi := &file_guest_api_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1622,7 +1863,7 @@ func (x *ResizePtyResponse) String() string {
 func (*ResizePtyResponse) ProtoMessage() {}
 
 func (x *ResizePtyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[23]
+	mi := &file_guest_api_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1635,7 +1876,7 @@ func (x *ResizePtyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizePtyResponse.ProtoReflect.Descriptor instead.
 func (*ResizePtyResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{23}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{28}
 }
 
 type RemoveExecRequest struct {
@@ -1648,7 +1889,7 @@ type RemoveExecRequest struct {
 
 func (x *RemoveExecRequest) Reset() {
 	*x = RemoveExecRequest{}
-	mi := &file_guest_api_agent_proto_msgTypes[24]
+	mi := &file_guest_api_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1660,7 +1901,7 @@ func (x *RemoveExecRequest) String() string {
 func (*RemoveExecRequest) ProtoMessage() {}
 
 func (x *RemoveExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[24]
+	mi := &file_guest_api_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1673,7 +1914,7 @@ func (x *RemoveExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveExecRequest.ProtoReflect.Descriptor instead.
 func (*RemoveExecRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{24}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *RemoveExecRequest) GetId() string {
@@ -1698,7 +1939,7 @@ type RemoveExecResponse struct {
 
 func (x *RemoveExecResponse) Reset() {
 	*x = RemoveExecResponse{}
-	mi := &file_guest_api_agent_proto_msgTypes[25]
+	mi := &file_guest_api_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1710,7 +1951,7 @@ func (x *RemoveExecResponse) String() string {
 func (*RemoveExecResponse) ProtoMessage() {}
 
 func (x *RemoveExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[25]
+	mi := &file_guest_api_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1723,7 +1964,7 @@ func (x *RemoveExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveExecResponse.ProtoReflect.Descriptor instead.
 func (*RemoveExecResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{25}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{30}
 }
 
 type RemoveContainerRequest struct {
@@ -1735,7 +1976,7 @@ type RemoveContainerRequest struct {
 
 func (x *RemoveContainerRequest) Reset() {
 	*x = RemoveContainerRequest{}
-	mi := &file_guest_api_agent_proto_msgTypes[26]
+	mi := &file_guest_api_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1747,7 +1988,7 @@ func (x *RemoveContainerRequest) String() string {
 func (*RemoveContainerRequest) ProtoMessage() {}
 
 func (x *RemoveContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[26]
+	mi := &file_guest_api_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1760,7 +2001,7 @@ func (x *RemoveContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveContainerRequest.ProtoReflect.Descriptor instead.
 func (*RemoveContainerRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{26}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *RemoveContainerRequest) GetId() string {
@@ -1778,7 +2019,7 @@ type RemoveContainerResponse struct {
 
 func (x *RemoveContainerResponse) Reset() {
 	*x = RemoveContainerResponse{}
-	mi := &file_guest_api_agent_proto_msgTypes[27]
+	mi := &file_guest_api_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1790,7 +2031,7 @@ func (x *RemoveContainerResponse) String() string {
 func (*RemoveContainerResponse) ProtoMessage() {}
 
 func (x *RemoveContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[27]
+	mi := &file_guest_api_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1803,7 +2044,7 @@ func (x *RemoveContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveContainerResponse.ProtoReflect.Descriptor instead.
 func (*RemoveContainerResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{27}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{32}
 }
 
 type UpdateContainerRequest struct {
@@ -1820,7 +2061,7 @@ type UpdateContainerRequest struct {
 
 func (x *UpdateContainerRequest) Reset() {
 	*x = UpdateContainerRequest{}
-	mi := &file_guest_api_agent_proto_msgTypes[28]
+	mi := &file_guest_api_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1832,7 +2073,7 @@ func (x *UpdateContainerRequest) String() string {
 func (*UpdateContainerRequest) ProtoMessage() {}
 
 func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[28]
+	mi := &file_guest_api_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1845,7 +2086,7 @@ func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateContainerRequest.ProtoReflect.Descriptor instead.
 func (*UpdateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{28}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *UpdateContainerRequest) GetId() string {
@@ -1877,7 +2118,7 @@ type UpdateContainerResponse struct {
 
 func (x *UpdateContainerResponse) Reset() {
 	*x = UpdateContainerResponse{}
-	mi := &file_guest_api_agent_proto_msgTypes[29]
+	mi := &file_guest_api_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1889,7 +2130,7 @@ func (x *UpdateContainerResponse) String() string {
 func (*UpdateContainerResponse) ProtoMessage() {}
 
 func (x *UpdateContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[29]
+	mi := &file_guest_api_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1902,7 +2143,7 @@ func (x *UpdateContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateContainerResponse.ProtoReflect.Descriptor instead.
 func (*UpdateContainerResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{29}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{34}
 }
 
 type StatsRequest struct {
@@ -1915,7 +2156,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_guest_api_agent_proto_msgTypes[30]
+	mi := &file_guest_api_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1927,7 +2168,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[30]
+	mi := &file_guest_api_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1940,7 +2181,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{30}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *StatsRequest) GetIds() []string {
@@ -1971,7 +2212,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_guest_api_agent_proto_msgTypes[31]
+	mi := &file_guest_api_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1983,7 +2224,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[31]
+	mi := &file_guest_api_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1996,7 +2237,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{31}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *StatsResponse) GetUnixNanos() int64 {
@@ -2083,7 +2324,7 @@ type ContainerStats struct {
 
 func (x *ContainerStats) Reset() {
 	*x = ContainerStats{}
-	mi := &file_guest_api_agent_proto_msgTypes[32]
+	mi := &file_guest_api_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2095,7 +2336,7 @@ func (x *ContainerStats) String() string {
 func (*ContainerStats) ProtoMessage() {}
 
 func (x *ContainerStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[32]
+	mi := &file_guest_api_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2108,7 +2349,7 @@ func (x *ContainerStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStats.ProtoReflect.Descriptor instead.
 func (*ContainerStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{32}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ContainerStats) GetId() string {
@@ -2363,7 +2604,7 @@ type Pressure struct {
 
 func (x *Pressure) Reset() {
 	*x = Pressure{}
-	mi := &file_guest_api_agent_proto_msgTypes[33]
+	mi := &file_guest_api_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2375,7 +2616,7 @@ func (x *Pressure) String() string {
 func (*Pressure) ProtoMessage() {}
 
 func (x *Pressure) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[33]
+	mi := &file_guest_api_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2388,7 +2629,7 @@ func (x *Pressure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pressure.ProtoReflect.Descriptor instead.
 func (*Pressure) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{33}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Pressure) GetResource() string {
@@ -2450,7 +2691,7 @@ type InterfaceStats struct {
 
 func (x *InterfaceStats) Reset() {
 	*x = InterfaceStats{}
-	mi := &file_guest_api_agent_proto_msgTypes[34]
+	mi := &file_guest_api_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2462,7 +2703,7 @@ func (x *InterfaceStats) String() string {
 func (*InterfaceStats) ProtoMessage() {}
 
 func (x *InterfaceStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[34]
+	mi := &file_guest_api_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2475,7 +2716,7 @@ func (x *InterfaceStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InterfaceStats.ProtoReflect.Descriptor instead.
 func (*InterfaceStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{34}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *InterfaceStats) GetName() string {
@@ -2550,7 +2791,7 @@ type SetClockRequest struct {
 
 func (x *SetClockRequest) Reset() {
 	*x = SetClockRequest{}
-	mi := &file_guest_api_agent_proto_msgTypes[35]
+	mi := &file_guest_api_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2562,7 +2803,7 @@ func (x *SetClockRequest) String() string {
 func (*SetClockRequest) ProtoMessage() {}
 
 func (x *SetClockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[35]
+	mi := &file_guest_api_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2575,7 +2816,7 @@ func (x *SetClockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetClockRequest.ProtoReflect.Descriptor instead.
 func (*SetClockRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{35}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *SetClockRequest) GetUnixNanos() int64 {
@@ -2593,7 +2834,7 @@ type SetClockResponse struct {
 
 func (x *SetClockResponse) Reset() {
 	*x = SetClockResponse{}
-	mi := &file_guest_api_agent_proto_msgTypes[36]
+	mi := &file_guest_api_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2605,7 +2846,7 @@ func (x *SetClockResponse) String() string {
 func (*SetClockResponse) ProtoMessage() {}
 
 func (x *SetClockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[36]
+	mi := &file_guest_api_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2618,7 +2859,7 @@ func (x *SetClockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetClockResponse.ProtoReflect.Descriptor instead.
 func (*SetClockResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{36}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{41}
 }
 
 type MemoryRequest struct {
@@ -2630,7 +2871,7 @@ type MemoryRequest struct {
 
 func (x *MemoryRequest) Reset() {
 	*x = MemoryRequest{}
-	mi := &file_guest_api_agent_proto_msgTypes[37]
+	mi := &file_guest_api_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2642,7 +2883,7 @@ func (x *MemoryRequest) String() string {
 func (*MemoryRequest) ProtoMessage() {}
 
 func (x *MemoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[37]
+	mi := &file_guest_api_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2655,7 +2896,7 @@ func (x *MemoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryRequest.ProtoReflect.Descriptor instead.
 func (*MemoryRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{37}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *MemoryRequest) GetDropCaches() bool {
@@ -2676,7 +2917,7 @@ type MemoryResponse struct {
 
 func (x *MemoryResponse) Reset() {
 	*x = MemoryResponse{}
-	mi := &file_guest_api_agent_proto_msgTypes[38]
+	mi := &file_guest_api_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2688,7 +2929,7 @@ func (x *MemoryResponse) String() string {
 func (*MemoryResponse) ProtoMessage() {}
 
 func (x *MemoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[38]
+	mi := &file_guest_api_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2701,7 +2942,7 @@ func (x *MemoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryResponse.ProtoReflect.Descriptor instead.
 func (*MemoryResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{38}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *MemoryResponse) GetFreeBytes() uint64 {
@@ -2733,7 +2974,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_guest_api_agent_proto_msgTypes[39]
+	mi := &file_guest_api_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2745,7 +2986,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[39]
+	mi := &file_guest_api_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2758,7 +2999,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{39}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{44}
 }
 
 type ShutdownResponse struct {
@@ -2769,7 +3010,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_guest_api_agent_proto_msgTypes[40]
+	mi := &file_guest_api_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2781,7 +3022,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_agent_proto_msgTypes[40]
+	mi := &file_guest_api_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2794,7 +3035,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_agent_proto_rawDescGZIP(), []int{40}
+	return file_guest_api_agent_proto_rawDescGZIP(), []int{45}
 }
 
 var File_guest_api_agent_proto protoreflect.FileDescriptor
@@ -2838,12 +3079,19 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"\bpids_max\x18\x14 \x01(\x03R\apidsMax\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"a\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x94\x01\n" +
 	"\tInterface\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x10\n" +
 	"\x03mtu\x18\x03 \x01(\rR\x03mtu\x12\x1c\n" +
-	"\taddresses\x18\x04 \x03(\tR\taddresses\"\x91\x01\n" +
+	"\taddresses\x18\x04 \x03(\tR\taddresses\x12\x12\n" +
+	"\x04dhcp\x18\x05 \x01(\bR\x04dhcp\x12\x1d\n" +
+	"\n" +
+	"dhcp_peers\x18\x06 \x01(\bR\tdhcpPeers\"U\n" +
+	"\x05Lease\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x18\n" +
+	"\agateway\x18\x02 \x01(\tR\agateway\x12\x18\n" +
+	"\aseconds\x18\x03 \x01(\rR\aseconds\"\x91\x01\n" +
 	"\x05Route\x12 \n" +
 	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x18\n" +
 	"\agateway\x18\x02 \x01(\tR\agateway\x12\x1c\n" +
@@ -2856,9 +3104,15 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"\aoptions\x18\x03 \x03(\tR\aoptions\";\n" +
 	"\tHostAlias\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x14\n" +
-	"\x05names\x18\x02 \x03(\tR\x05names\"B\n" +
+	"\x05names\x18\x02 \x03(\tR\x05names\"o\n" +
 	"\x14SetUpSandboxResponse\x12*\n" +
-	"\x05steps\x18\x01 \x03(\v2\x14.crivz.guest.v1.StepR\x05steps\"\xb0\x02\n" +
+	"\x05steps\x18\x01 \x03(\v2\x14.crivz.guest.v1.StepR\x05steps\x12+\n" +
+	"\x05lease\x18\x02 \x01(\v2\x15.crivz.guest.v1.LeaseR\x05lease\"\x13\n" +
+	"\x11RenewLeaseRequest\"A\n" +
+	"\x12RenewLeaseResponse\x12+\n" +
+	"\x05lease\x18\x01 \x01(\v2\x15.crivz.guest.v1.LeaseR\x05lease\"\x15\n" +
+	"\x13ReleaseLeaseRequest\"\x16\n" +
+	"\x14ReleaseLeaseResponse\"\xb0\x02\n" +
 	"\x16CreateContainerRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04spec\x18\x02 \x01(\fR\x04spec\x12\x16\n" +
@@ -3036,7 +3290,7 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"\tCONTAINER\x10\x01\x12\b\n" +
 	"\x04NODE\x10\x02\x12\n" +
 	"\n" +
-	"\x06TARGET\x10\x032\xd8\t\n" +
+	"\x06TARGET\x10\x032\x88\v\n" +
 	"\x05Agent\x12D\n" +
 	"\x05Hello\x12\x1c.crivz.guest.v1.HelloRequest\x1a\x1d.crivz.guest.v1.HelloResponse\x12Y\n" +
 	"\fSetUpSandbox\x12#.crivz.guest.v1.SetUpSandboxRequest\x1a$.crivz.guest.v1.SetUpSandboxResponse\x12b\n" +
@@ -3051,7 +3305,10 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"\x0fRemoveContainer\x12&.crivz.guest.v1.RemoveContainerRequest\x1a'.crivz.guest.v1.RemoveContainerResponse\x12b\n" +
 	"\x0fUpdateContainer\x12&.crivz.guest.v1.UpdateContainerRequest\x1a'.crivz.guest.v1.UpdateContainerResponse\x12D\n" +
 	"\x05Stats\x12\x1c.crivz.guest.v1.StatsRequest\x1a\x1d.crivz.guest.v1.StatsResponse\x12M\n" +
-	"\bSetClock\x12\x1f.crivz.guest.v1.SetClockRequest\x1a .crivz.guest.v1.SetClockResponse\x12G\n" +
+	"\bSetClock\x12\x1f.crivz.guest.v1.SetClockRequest\x1a .crivz.guest.v1.SetClockResponse\x12S\n" +
+	"\n" +
+	"RenewLease\x12!.crivz.guest.v1.RenewLeaseRequest\x1a\".crivz.guest.v1.RenewLeaseResponse\x12Y\n" +
+	"\fReleaseLease\x12#.crivz.guest.v1.ReleaseLeaseRequest\x1a$.crivz.guest.v1.ReleaseLeaseResponse\x12G\n" +
 	"\x06Memory\x12\x1d.crivz.guest.v1.MemoryRequest\x1a\x1e.crivz.guest.v1.MemoryResponse\x12M\n" +
 	"\bShutdown\x12\x1f.crivz.guest.v1.ShutdownRequest\x1a .crivz.guest.v1.ShutdownResponseB(Z&github.com/cri-vz/cri-vz/guest/api;apib\x06proto3"
 
@@ -3068,7 +3325,7 @@ func file_guest_api_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_guest_api_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_guest_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
+var file_guest_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
 var file_guest_api_agent_proto_goTypes = []any{
 	(NamespaceMode)(0),              // 0: crivz.guest.v1.NamespaceMode
 	(*HelloRequest)(nil),            // 1: crivz.guest.v1.HelloRequest
@@ -3077,42 +3334,47 @@ var file_guest_api_agent_proto_goTypes = []any{
 	(*IDMapping)(nil),               // 4: crivz.guest.v1.IDMapping
 	(*SetUpSandboxRequest)(nil),     // 5: crivz.guest.v1.SetUpSandboxRequest
 	(*Interface)(nil),               // 6: crivz.guest.v1.Interface
-	(*Route)(nil),                   // 7: crivz.guest.v1.Route
-	(*DNS)(nil),                     // 8: crivz.guest.v1.DNS
-	(*HostAlias)(nil),               // 9: crivz.guest.v1.HostAlias
-	(*SetUpSandboxResponse)(nil),    // 10: crivz.guest.v1.SetUpSandboxResponse
-	(*CreateContainerRequest)(nil),  // 11: crivz.guest.v1.CreateContainerRequest
-	(*User)(nil),                    // 12: crivz.guest.v1.User
-	(*ResolvedUser)(nil),            // 13: crivz.guest.v1.ResolvedUser
-	(*CreateContainerResponse)(nil), // 14: crivz.guest.v1.CreateContainerResponse
-	(*StartContainerRequest)(nil),   // 15: crivz.guest.v1.StartContainerRequest
-	(*StartContainerResponse)(nil),  // 16: crivz.guest.v1.StartContainerResponse
-	(*ExecRequest)(nil),             // 17: crivz.guest.v1.ExecRequest
-	(*ExecResponse)(nil),            // 18: crivz.guest.v1.ExecResponse
-	(*WaitRequest)(nil),             // 19: crivz.guest.v1.WaitRequest
-	(*WaitResponse)(nil),            // 20: crivz.guest.v1.WaitResponse
-	(*SignalRequest)(nil),           // 21: crivz.guest.v1.SignalRequest
-	(*SignalResponse)(nil),          // 22: crivz.guest.v1.SignalResponse
-	(*ResizePtyRequest)(nil),        // 23: crivz.guest.v1.ResizePtyRequest
-	(*ResizePtyResponse)(nil),       // 24: crivz.guest.v1.ResizePtyResponse
-	(*RemoveExecRequest)(nil),       // 25: crivz.guest.v1.RemoveExecRequest
-	(*RemoveExecResponse)(nil),      // 26: crivz.guest.v1.RemoveExecResponse
-	(*RemoveContainerRequest)(nil),  // 27: crivz.guest.v1.RemoveContainerRequest
-	(*RemoveContainerResponse)(nil), // 28: crivz.guest.v1.RemoveContainerResponse
-	(*UpdateContainerRequest)(nil),  // 29: crivz.guest.v1.UpdateContainerRequest
-	(*UpdateContainerResponse)(nil), // 30: crivz.guest.v1.UpdateContainerResponse
-	(*StatsRequest)(nil),            // 31: crivz.guest.v1.StatsRequest
-	(*StatsResponse)(nil),           // 32: crivz.guest.v1.StatsResponse
-	(*ContainerStats)(nil),          // 33: crivz.guest.v1.ContainerStats
-	(*Pressure)(nil),                // 34: crivz.guest.v1.Pressure
-	(*InterfaceStats)(nil),          // 35: crivz.guest.v1.InterfaceStats
-	(*SetClockRequest)(nil),         // 36: crivz.guest.v1.SetClockRequest
-	(*SetClockResponse)(nil),        // 37: crivz.guest.v1.SetClockResponse
-	(*MemoryRequest)(nil),           // 38: crivz.guest.v1.MemoryRequest
-	(*MemoryResponse)(nil),          // 39: crivz.guest.v1.MemoryResponse
-	(*ShutdownRequest)(nil),         // 40: crivz.guest.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),        // 41: crivz.guest.v1.ShutdownResponse
-	nil,                             // 42: crivz.guest.v1.SetUpSandboxRequest.SysctlsEntry
+	(*Lease)(nil),                   // 7: crivz.guest.v1.Lease
+	(*Route)(nil),                   // 8: crivz.guest.v1.Route
+	(*DNS)(nil),                     // 9: crivz.guest.v1.DNS
+	(*HostAlias)(nil),               // 10: crivz.guest.v1.HostAlias
+	(*SetUpSandboxResponse)(nil),    // 11: crivz.guest.v1.SetUpSandboxResponse
+	(*RenewLeaseRequest)(nil),       // 12: crivz.guest.v1.RenewLeaseRequest
+	(*RenewLeaseResponse)(nil),      // 13: crivz.guest.v1.RenewLeaseResponse
+	(*ReleaseLeaseRequest)(nil),     // 14: crivz.guest.v1.ReleaseLeaseRequest
+	(*ReleaseLeaseResponse)(nil),    // 15: crivz.guest.v1.ReleaseLeaseResponse
+	(*CreateContainerRequest)(nil),  // 16: crivz.guest.v1.CreateContainerRequest
+	(*User)(nil),                    // 17: crivz.guest.v1.User
+	(*ResolvedUser)(nil),            // 18: crivz.guest.v1.ResolvedUser
+	(*CreateContainerResponse)(nil), // 19: crivz.guest.v1.CreateContainerResponse
+	(*StartContainerRequest)(nil),   // 20: crivz.guest.v1.StartContainerRequest
+	(*StartContainerResponse)(nil),  // 21: crivz.guest.v1.StartContainerResponse
+	(*ExecRequest)(nil),             // 22: crivz.guest.v1.ExecRequest
+	(*ExecResponse)(nil),            // 23: crivz.guest.v1.ExecResponse
+	(*WaitRequest)(nil),             // 24: crivz.guest.v1.WaitRequest
+	(*WaitResponse)(nil),            // 25: crivz.guest.v1.WaitResponse
+	(*SignalRequest)(nil),           // 26: crivz.guest.v1.SignalRequest
+	(*SignalResponse)(nil),          // 27: crivz.guest.v1.SignalResponse
+	(*ResizePtyRequest)(nil),        // 28: crivz.guest.v1.ResizePtyRequest
+	(*ResizePtyResponse)(nil),       // 29: crivz.guest.v1.ResizePtyResponse
+	(*RemoveExecRequest)(nil),       // 30: crivz.guest.v1.RemoveExecRequest
+	(*RemoveExecResponse)(nil),      // 31: crivz.guest.v1.RemoveExecResponse
+	(*RemoveContainerRequest)(nil),  // 32: crivz.guest.v1.RemoveContainerRequest
+	(*RemoveContainerResponse)(nil), // 33: crivz.guest.v1.RemoveContainerResponse
+	(*UpdateContainerRequest)(nil),  // 34: crivz.guest.v1.UpdateContainerRequest
+	(*UpdateContainerResponse)(nil), // 35: crivz.guest.v1.UpdateContainerResponse
+	(*StatsRequest)(nil),            // 36: crivz.guest.v1.StatsRequest
+	(*StatsResponse)(nil),           // 37: crivz.guest.v1.StatsResponse
+	(*ContainerStats)(nil),          // 38: crivz.guest.v1.ContainerStats
+	(*Pressure)(nil),                // 39: crivz.guest.v1.Pressure
+	(*InterfaceStats)(nil),          // 40: crivz.guest.v1.InterfaceStats
+	(*SetClockRequest)(nil),         // 41: crivz.guest.v1.SetClockRequest
+	(*SetClockResponse)(nil),        // 42: crivz.guest.v1.SetClockResponse
+	(*MemoryRequest)(nil),           // 43: crivz.guest.v1.MemoryRequest
+	(*MemoryResponse)(nil),          // 44: crivz.guest.v1.MemoryResponse
+	(*ShutdownRequest)(nil),         // 45: crivz.guest.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),        // 46: crivz.guest.v1.ShutdownResponse
+	nil,                             // 47: crivz.guest.v1.SetUpSandboxRequest.SysctlsEntry
 }
 var file_guest_api_agent_proto_depIdxs = []int32{
 	3,  // 0: crivz.guest.v1.HelloResponse.boot:type_name -> crivz.guest.v1.Step
@@ -3120,53 +3382,59 @@ var file_guest_api_agent_proto_depIdxs = []int32{
 	4,  // 2: crivz.guest.v1.SetUpSandboxRequest.uid_mappings:type_name -> crivz.guest.v1.IDMapping
 	4,  // 3: crivz.guest.v1.SetUpSandboxRequest.gid_mappings:type_name -> crivz.guest.v1.IDMapping
 	6,  // 4: crivz.guest.v1.SetUpSandboxRequest.interfaces:type_name -> crivz.guest.v1.Interface
-	7,  // 5: crivz.guest.v1.SetUpSandboxRequest.routes:type_name -> crivz.guest.v1.Route
-	8,  // 6: crivz.guest.v1.SetUpSandboxRequest.dns:type_name -> crivz.guest.v1.DNS
-	42, // 7: crivz.guest.v1.SetUpSandboxRequest.sysctls:type_name -> crivz.guest.v1.SetUpSandboxRequest.SysctlsEntry
-	9,  // 8: crivz.guest.v1.SetUpSandboxRequest.host_aliases:type_name -> crivz.guest.v1.HostAlias
+	8,  // 5: crivz.guest.v1.SetUpSandboxRequest.routes:type_name -> crivz.guest.v1.Route
+	9,  // 6: crivz.guest.v1.SetUpSandboxRequest.dns:type_name -> crivz.guest.v1.DNS
+	47, // 7: crivz.guest.v1.SetUpSandboxRequest.sysctls:type_name -> crivz.guest.v1.SetUpSandboxRequest.SysctlsEntry
+	10, // 8: crivz.guest.v1.SetUpSandboxRequest.host_aliases:type_name -> crivz.guest.v1.HostAlias
 	3,  // 9: crivz.guest.v1.SetUpSandboxResponse.steps:type_name -> crivz.guest.v1.Step
-	12, // 10: crivz.guest.v1.CreateContainerRequest.user:type_name -> crivz.guest.v1.User
-	0,  // 11: crivz.guest.v1.CreateContainerRequest.pid_mode:type_name -> crivz.guest.v1.NamespaceMode
-	13, // 12: crivz.guest.v1.CreateContainerResponse.user:type_name -> crivz.guest.v1.ResolvedUser
-	33, // 13: crivz.guest.v1.StatsResponse.containers:type_name -> crivz.guest.v1.ContainerStats
-	35, // 14: crivz.guest.v1.StatsResponse.interfaces:type_name -> crivz.guest.v1.InterfaceStats
-	33, // 15: crivz.guest.v1.StatsResponse.pod:type_name -> crivz.guest.v1.ContainerStats
-	34, // 16: crivz.guest.v1.ContainerStats.pressure:type_name -> crivz.guest.v1.Pressure
-	1,  // 17: crivz.guest.v1.Agent.Hello:input_type -> crivz.guest.v1.HelloRequest
-	5,  // 18: crivz.guest.v1.Agent.SetUpSandbox:input_type -> crivz.guest.v1.SetUpSandboxRequest
-	11, // 19: crivz.guest.v1.Agent.CreateContainer:input_type -> crivz.guest.v1.CreateContainerRequest
-	15, // 20: crivz.guest.v1.Agent.StartContainer:input_type -> crivz.guest.v1.StartContainerRequest
-	17, // 21: crivz.guest.v1.Agent.Exec:input_type -> crivz.guest.v1.ExecRequest
-	19, // 22: crivz.guest.v1.Agent.Wait:input_type -> crivz.guest.v1.WaitRequest
-	21, // 23: crivz.guest.v1.Agent.Signal:input_type -> crivz.guest.v1.SignalRequest
-	23, // 24: crivz.guest.v1.Agent.ResizePty:input_type -> crivz.guest.v1.ResizePtyRequest
-	25, // 25: crivz.guest.v1.Agent.RemoveExec:input_type -> crivz.guest.v1.RemoveExecRequest
-	27, // 26: crivz.guest.v1.Agent.RemoveContainer:input_type -> crivz.guest.v1.RemoveContainerRequest
-	29, // 27: crivz.guest.v1.Agent.UpdateContainer:input_type -> crivz.guest.v1.UpdateContainerRequest
-	31, // 28: crivz.guest.v1.Agent.Stats:input_type -> crivz.guest.v1.StatsRequest
-	36, // 29: crivz.guest.v1.Agent.SetClock:input_type -> crivz.guest.v1.SetClockRequest
-	38, // 30: crivz.guest.v1.Agent.Memory:input_type -> crivz.guest.v1.MemoryRequest
-	40, // 31: crivz.guest.v1.Agent.Shutdown:input_type -> crivz.guest.v1.ShutdownRequest
-	2,  // 32: crivz.guest.v1.Agent.Hello:output_type -> crivz.guest.v1.HelloResponse
-	10, // 33: crivz.guest.v1.Agent.SetUpSandbox:output_type -> crivz.guest.v1.SetUpSandboxResponse
-	14, // 34: crivz.guest.v1.Agent.CreateContainer:output_type -> crivz.guest.v1.CreateContainerResponse
-	16, // 35: crivz.guest.v1.Agent.StartContainer:output_type -> crivz.guest.v1.StartContainerResponse
-	18, // 36: crivz.guest.v1.Agent.Exec:output_type -> crivz.guest.v1.ExecResponse
-	20, // 37: crivz.guest.v1.Agent.Wait:output_type -> crivz.guest.v1.WaitResponse
-	22, // 38: crivz.guest.v1.Agent.Signal:output_type -> crivz.guest.v1.SignalResponse
-	24, // 39: crivz.guest.v1.Agent.ResizePty:output_type -> crivz.guest.v1.ResizePtyResponse
-	26, // 40: crivz.guest.v1.Agent.RemoveExec:output_type -> crivz.guest.v1.RemoveExecResponse
-	28, // 41: crivz.guest.v1.Agent.RemoveContainer:output_type -> crivz.guest.v1.RemoveContainerResponse
-	30, // 42: crivz.guest.v1.Agent.UpdateContainer:output_type -> crivz.guest.v1.UpdateContainerResponse
-	32, // 43: crivz.guest.v1.Agent.Stats:output_type -> crivz.guest.v1.StatsResponse
-	37, // 44: crivz.guest.v1.Agent.SetClock:output_type -> crivz.guest.v1.SetClockResponse
-	39, // 45: crivz.guest.v1.Agent.Memory:output_type -> crivz.guest.v1.MemoryResponse
-	41, // 46: crivz.guest.v1.Agent.Shutdown:output_type -> crivz.guest.v1.ShutdownResponse
-	32, // [32:47] is the sub-list for method output_type
-	17, // [17:32] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	7,  // 10: crivz.guest.v1.SetUpSandboxResponse.lease:type_name -> crivz.guest.v1.Lease
+	7,  // 11: crivz.guest.v1.RenewLeaseResponse.lease:type_name -> crivz.guest.v1.Lease
+	17, // 12: crivz.guest.v1.CreateContainerRequest.user:type_name -> crivz.guest.v1.User
+	0,  // 13: crivz.guest.v1.CreateContainerRequest.pid_mode:type_name -> crivz.guest.v1.NamespaceMode
+	18, // 14: crivz.guest.v1.CreateContainerResponse.user:type_name -> crivz.guest.v1.ResolvedUser
+	38, // 15: crivz.guest.v1.StatsResponse.containers:type_name -> crivz.guest.v1.ContainerStats
+	40, // 16: crivz.guest.v1.StatsResponse.interfaces:type_name -> crivz.guest.v1.InterfaceStats
+	38, // 17: crivz.guest.v1.StatsResponse.pod:type_name -> crivz.guest.v1.ContainerStats
+	39, // 18: crivz.guest.v1.ContainerStats.pressure:type_name -> crivz.guest.v1.Pressure
+	1,  // 19: crivz.guest.v1.Agent.Hello:input_type -> crivz.guest.v1.HelloRequest
+	5,  // 20: crivz.guest.v1.Agent.SetUpSandbox:input_type -> crivz.guest.v1.SetUpSandboxRequest
+	16, // 21: crivz.guest.v1.Agent.CreateContainer:input_type -> crivz.guest.v1.CreateContainerRequest
+	20, // 22: crivz.guest.v1.Agent.StartContainer:input_type -> crivz.guest.v1.StartContainerRequest
+	22, // 23: crivz.guest.v1.Agent.Exec:input_type -> crivz.guest.v1.ExecRequest
+	24, // 24: crivz.guest.v1.Agent.Wait:input_type -> crivz.guest.v1.WaitRequest
+	26, // 25: crivz.guest.v1.Agent.Signal:input_type -> crivz.guest.v1.SignalRequest
+	28, // 26: crivz.guest.v1.Agent.ResizePty:input_type -> crivz.guest.v1.ResizePtyRequest
+	30, // 27: crivz.guest.v1.Agent.RemoveExec:input_type -> crivz.guest.v1.RemoveExecRequest
+	32, // 28: crivz.guest.v1.Agent.RemoveContainer:input_type -> crivz.guest.v1.RemoveContainerRequest
+	34, // 29: crivz.guest.v1.Agent.UpdateContainer:input_type -> crivz.guest.v1.UpdateContainerRequest
+	36, // 30: crivz.guest.v1.Agent.Stats:input_type -> crivz.guest.v1.StatsRequest
+	41, // 31: crivz.guest.v1.Agent.SetClock:input_type -> crivz.guest.v1.SetClockRequest
+	12, // 32: crivz.guest.v1.Agent.RenewLease:input_type -> crivz.guest.v1.RenewLeaseRequest
+	14, // 33: crivz.guest.v1.Agent.ReleaseLease:input_type -> crivz.guest.v1.ReleaseLeaseRequest
+	43, // 34: crivz.guest.v1.Agent.Memory:input_type -> crivz.guest.v1.MemoryRequest
+	45, // 35: crivz.guest.v1.Agent.Shutdown:input_type -> crivz.guest.v1.ShutdownRequest
+	2,  // 36: crivz.guest.v1.Agent.Hello:output_type -> crivz.guest.v1.HelloResponse
+	11, // 37: crivz.guest.v1.Agent.SetUpSandbox:output_type -> crivz.guest.v1.SetUpSandboxResponse
+	19, // 38: crivz.guest.v1.Agent.CreateContainer:output_type -> crivz.guest.v1.CreateContainerResponse
+	21, // 39: crivz.guest.v1.Agent.StartContainer:output_type -> crivz.guest.v1.StartContainerResponse
+	23, // 40: crivz.guest.v1.Agent.Exec:output_type -> crivz.guest.v1.ExecResponse
+	25, // 41: crivz.guest.v1.Agent.Wait:output_type -> crivz.guest.v1.WaitResponse
+	27, // 42: crivz.guest.v1.Agent.Signal:output_type -> crivz.guest.v1.SignalResponse
+	29, // 43: crivz.guest.v1.Agent.ResizePty:output_type -> crivz.guest.v1.ResizePtyResponse
+	31, // 44: crivz.guest.v1.Agent.RemoveExec:output_type -> crivz.guest.v1.RemoveExecResponse
+	33, // 45: crivz.guest.v1.Agent.RemoveContainer:output_type -> crivz.guest.v1.RemoveContainerResponse
+	35, // 46: crivz.guest.v1.Agent.UpdateContainer:output_type -> crivz.guest.v1.UpdateContainerResponse
+	37, // 47: crivz.guest.v1.Agent.Stats:output_type -> crivz.guest.v1.StatsResponse
+	42, // 48: crivz.guest.v1.Agent.SetClock:output_type -> crivz.guest.v1.SetClockResponse
+	13, // 49: crivz.guest.v1.Agent.RenewLease:output_type -> crivz.guest.v1.RenewLeaseResponse
+	15, // 50: crivz.guest.v1.Agent.ReleaseLease:output_type -> crivz.guest.v1.ReleaseLeaseResponse
+	44, // 51: crivz.guest.v1.Agent.Memory:output_type -> crivz.guest.v1.MemoryResponse
+	46, // 52: crivz.guest.v1.Agent.Shutdown:output_type -> crivz.guest.v1.ShutdownResponse
+	36, // [36:53] is the sub-list for method output_type
+	19, // [19:36] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_guest_api_agent_proto_init() }
@@ -3174,15 +3442,15 @@ func file_guest_api_agent_proto_init() {
 	if File_guest_api_agent_proto != nil {
 		return
 	}
-	file_guest_api_agent_proto_msgTypes[11].OneofWrappers = []any{}
-	file_guest_api_agent_proto_msgTypes[28].OneofWrappers = []any{}
+	file_guest_api_agent_proto_msgTypes[16].OneofWrappers = []any{}
+	file_guest_api_agent_proto_msgTypes[33].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_guest_api_agent_proto_rawDesc), len(file_guest_api_agent_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   42,
+			NumMessages:   47,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -21,6 +21,8 @@ type AgentService interface {
 	UpdateContainer(context.Context, *UpdateContainerRequest) (*UpdateContainerResponse, error)
 	Stats(context.Context, *StatsRequest) (*StatsResponse, error)
 	SetClock(context.Context, *SetClockRequest) (*SetClockResponse, error)
+	RenewLease(context.Context, *RenewLeaseRequest) (*RenewLeaseResponse, error)
+	ReleaseLease(context.Context, *ReleaseLeaseRequest) (*ReleaseLeaseResponse, error)
 	Memory(context.Context, *MemoryRequest) (*MemoryResponse, error)
 	Shutdown(context.Context, *ShutdownRequest) (*ShutdownResponse, error)
 }
@@ -118,6 +120,20 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.SetClock(ctx, &req)
+			},
+			"RenewLease": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req RenewLeaseRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.RenewLease(ctx, &req)
+			},
+			"ReleaseLease": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ReleaseLeaseRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.ReleaseLease(ctx, &req)
 			},
 			"Memory": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req MemoryRequest
@@ -246,6 +262,22 @@ func (c *agentClient) Stats(ctx context.Context, req *StatsRequest) (*StatsRespo
 func (c *agentClient) SetClock(ctx context.Context, req *SetClockRequest) (*SetClockResponse, error) {
 	var resp SetClockResponse
 	if err := c.client.Call(ctx, "crivz.guest.v1.Agent", "SetClock", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) RenewLease(ctx context.Context, req *RenewLeaseRequest) (*RenewLeaseResponse, error) {
+	var resp RenewLeaseResponse
+	if err := c.client.Call(ctx, "crivz.guest.v1.Agent", "RenewLease", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) ReleaseLease(ctx context.Context, req *ReleaseLeaseRequest) (*ReleaseLeaseResponse, error) {
+	var resp ReleaseLeaseResponse
+	if err := c.client.Call(ctx, "crivz.guest.v1.Agent", "ReleaseLease", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

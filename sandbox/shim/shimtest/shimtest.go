@@ -40,6 +40,9 @@ type Driver struct {
 	Version uint32
 	// OnSetUp is called with what the agent gets.
 	OnSetUp func(*guestapi.SetUpSandboxRequest)
+	// Lease is what the agent got by DHCP, and OnRenew what it gets then.
+	Lease   *guestapi.Lease
+	OnRenew func() (*guestapi.Lease, error)
 	// LateSetUps is how many machines, from the first on, say that setting up the
 	// sandbox took them too long.
 	LateSetUps int
@@ -92,6 +95,8 @@ type Machine struct {
 	tasks  sync.WaitGroup
 	// Clock is what SetClock has set last, unix nanoseconds.
 	Clock atomic.Int64
+	// Released says that the lease was given back.
+	Released atomic.Bool
 	// OnMemory, if not nil, answers Memory.
 	OnMemory func(*guestapi.MemoryRequest) *guestapi.MemoryResponse
 
@@ -428,7 +433,22 @@ func (m *Machine) SetUpSandbox(ctx context.Context, r *guestapi.SetUpSandboxRequ
 	if len(m.driver.Machines()) <= m.driver.LateSetUps {
 		return nil, status.Error(codes.DeadlineExceeded, "too late")
 	}
-	return &guestapi.SetUpSandboxResponse{}, m.answer(ctx)
+	return &guestapi.SetUpSandboxResponse{Lease: m.driver.Lease}, m.answer(ctx)
+}
+
+// RenewLease implements guest/api.
+func (m *Machine) RenewLease(ctx context.Context, _ *guestapi.RenewLeaseRequest) (*guestapi.RenewLeaseResponse, error) {
+	if m.driver.OnRenew == nil {
+		return nil, status.Error(codes.FailedPrecondition, "no lease")
+	}
+	l, err := m.driver.OnRenew()
+	return &guestapi.RenewLeaseResponse{Lease: l}, errors.Join(err, m.answer(ctx))
+}
+
+// ReleaseLease implements guest/api.
+func (m *Machine) ReleaseLease(ctx context.Context, _ *guestapi.ReleaseLeaseRequest) (*guestapi.ReleaseLeaseResponse, error) {
+	m.Released.Store(true)
+	return &guestapi.ReleaseLeaseResponse{}, m.answer(ctx)
 }
 
 // CreateContainer implements guest/api.
