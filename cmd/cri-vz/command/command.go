@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/status"
 	"k8s.io/klog/v2"
 
+	"github.com/cri-vz/cri-vz/sandbox/network/frameswitch"
 	"github.com/cri-vz/cri-vz/sandbox/shim"
 )
 
@@ -64,9 +65,14 @@ func startError(err error) error {
 
 // Main runs the command line and returns the process's exit status.
 func Main(args []string) int {
-	// The shim has no command line of its own to parse and must start fast.
-	if len(args) > 0 && args[0] == "shim" {
-		return shim.Main(args[1:])
+	// These have no command line of their own to parse, and the shim must start fast.
+	if len(args) > 0 {
+		switch args[0] {
+		case "shim":
+			return shim.Main(args[1:])
+		case "switch":
+			return frameswitch.Main(args[1:])
+		}
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()

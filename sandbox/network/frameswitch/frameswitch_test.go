@@ -16,7 +16,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// TestMain is the switch's process, too.
+func TestMain(m *testing.M) {
+	if len(os.Args) == 4 && os.Args[1] == "switch" {
+		os.Exit(Main(os.Args[2:]))
+	}
+	goleak.VerifyTestMain(m)
+}
 
 var (
 	macA      = mac{2, 0, 0, 0, 0, 0xa}
@@ -172,10 +178,16 @@ func TestSwitchRestarts(t *testing.T) {
 	b.expect("before")
 	stop()
 	serve(t, path)
+	rejoined(t, a, b)
+}
+
+// rejoined waits until both are joined to a second switch.
+func rejoined(t *testing.T, a, b *machine) {
+	t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); ; {
-		a.send(frame(macB, macA, "after"))
-		if got := b.receive(100 * time.Millisecond); got == "after" {
-			break
+		a.send(frame(b.mac, a.mac, "after"))
+		if b.receive(100*time.Millisecond) == "after" {
+			return
 		}
 		if time.Now().After(deadline) {
 			t.Fatal("no frame passes the second switch")
