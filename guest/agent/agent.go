@@ -13,6 +13,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -87,7 +88,8 @@ type sandbox struct {
 	netns   *os.File
 	ids     *idMaps // nil: no user namespace
 	dhcp    *dhcp   // nil: the host gave the addresses
-	ready   bool    // set up completely
+	address netip.Addr
+	ready   bool // set up completely
 }
 
 func newAgent(p paths, log *logger) *Agent {

@@ -108,6 +108,11 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 	if s.err != nil {
 		return nil, fmt.Errorf("set up sandbox: %w", s.err)
 	}
+	for _, in := range setup.Interfaces {
+		if len(in.Addresses) > 0 && !sb.address.IsValid() {
+			sb.address = in.Addresses[0].Addr()
+		}
+	}
 	a.mu.Lock()
 	sb.ready = true
 	a.mu.Unlock()

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"runtime"
 	"sync"
@@ -67,8 +68,8 @@ func (a *Agent) serveStream(conn net.Conn) {
 	if err != nil {
 		return
 	}
-	if h.Kind == api.Port {
-		a.forwardPort(conn, h.Port)
+	if h.Kind == api.Port || h.Kind == api.PodPort {
+		a.forwardPort(conn, h)
 		return
 	}
 	p, err := a.process(h.Container, h.Exec)
@@ -152,12 +153,19 @@ func serveOutput(e *endpoint, s *api.Stream, input bool) {
 // onlyReader hides everything but Read.
 type onlyReader struct{ io.Reader }
 
-// forwardPort joins conn to a port of the pod's loopback.
-func (a *Agent) forwardPort(conn net.Conn, port uint16) {
+// forwardPort joins conn to a port of the pod's: on its loopback, or, as who comes over
+// the network does, at its address.
+func (a *Agent) forwardPort(conn net.Conn, h api.Header) {
 	var target *net.TCPConn
-	netns, err := a.netns()
-	if err == nil {
-		target, err = dialLoopback(netns, port)
+	sb, err := a.pod()
+	switch {
+	case err != nil:
+	case h.Kind == api.Port:
+		target, err = dialPort(int(sb.netns.Fd()), h.Port, loopback...)
+	case !sb.address.IsValid():
+		err = preconditionf("the pod has no address")
+	default:
+		target, err = dialPort(int(sb.netns.Fd()), h.Port, sb.address)
 	}
 	s, err := api.Accept(conn, err)
 	if err != nil {
@@ -167,14 +175,14 @@ func (a *Agent) forwardPort(conn net.Conn, port uint16) {
 	join(s, target)
 }
 
-// dialLoopback connects to a port of 127.0.0.1 or ::1 in a network namespace.
-func dialLoopback(netns int, port uint16) (*net.TCPConn, error) {
+var loopback = []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()}
+
+// dialPort connects to a port at the first of the addresses where something listens,
+// in a network namespace.
+func dialPort(netns int, port uint16, addresses ...netip.Addr) (*net.TCPConn, error) {
 	var refused error
-	for _, addr := range []unix.Sockaddr{
-		&unix.SockaddrInet4{Port: int(port), Addr: [4]byte{127, 0, 0, 1}},
-		&unix.SockaddrInet6{Port: int(port), Addr: [16]byte{15: 1}},
-	} {
-		c, err := dialIn(netns, addr)
+	for _, a := range addresses {
+		c, err := dialIn(netns, sockaddr(a, port))
 		if err == nil {
 			return c, nil
 		}
@@ -186,6 +194,13 @@ func dialLoopback(netns int, port uint16) (*net.TCPConn, error) {
 		return nil, unavailablef("nothing listens on port %d of the pod", port)
 	}
 	return nil, fmt.Errorf("connect to port %d of the pod: %w", port, refused)
+}
+
+func sockaddr(a netip.Addr, port uint16) unix.Sockaddr {
+	if a.Is4() {
+		return &unix.SockaddrInet4{Port: int(port), Addr: a.As4()}
+	}
+	return &unix.SockaddrInet6{Port: int(port), Addr: a.As16()}
 }
 
 func dialIn(netns int, addr unix.Sockaddr) (*net.TCPConn, error) {

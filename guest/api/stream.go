@@ -13,13 +13,14 @@ import (
 type Kind uint8
 
 // Kinds of streams. Stdin flows to the process only, Stdout and Stderr from it
-// only; Terminal and Port flow both ways.
+// only; the others flow both ways.
 const (
 	Stdin    Kind = 1
 	Stdout   Kind = 2
 	Stderr   Kind = 3
 	Port     Kind = 4
 	Terminal Kind = 5
+	PodPort  Kind = 6
 )
 
 func (k Kind) String() string {
@@ -34,6 +35,8 @@ func (k Kind) String() string {
 		return "port"
 	case Terminal:
 		return "terminal"
+	case PodPort:
+		return "pod port"
 	}
 	return fmt.Sprintf("kind %d", uint8(k))
 }
@@ -42,9 +45,9 @@ func (k Kind) String() string {
 // answers with an open frame or a reset frame.
 type Header struct {
 	Kind      Kind
-	Container string // empty for Port
+	Container string // empty for Port and PodPort
 	Exec      string // empty: the container's own process
-	Port      uint16 // for Port: on the pod's loopback
+	Port      uint16 // for Port: on the pod's loopback; for PodPort: at the pod's address
 }
 
 // Limits of the stream protocol.
@@ -112,7 +115,7 @@ func ReadHeader(r io.Reader) (Header, error) {
 	switch {
 	case string(fixed[:4]) != headerMagic:
 		return Header{}, fmt.Errorf("%w: not a stream header: %q", ErrProtocol, fixed[:4])
-	case h.Kind < Stdin || h.Kind > Terminal:
+	case h.Kind < Stdin || h.Kind > PodPort:
 		return Header{}, fmt.Errorf("%w: unknown stream %v", ErrProtocol, h.Kind)
 	case nc > MaxID || ne > MaxID:
 		return Header{}, fmt.Errorf("%w: id longer than %d bytes", ErrProtocol, MaxID)
