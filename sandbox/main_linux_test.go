@@ -24,6 +24,7 @@ import (
 	guestapi "github.com/cri-vz/cri-vz/guest/api"
 	"github.com/cri-vz/cri-vz/guest/image"
 	"github.com/cri-vz/cri-vz/sandbox/network"
+	"github.com/cri-vz/cri-vz/sandbox/network/frameswitch"
 	"github.com/cri-vz/cri-vz/sandbox/scratch"
 	"github.com/cri-vz/cri-vz/sandbox/shim"
 	shimapi "github.com/cri-vz/cri-vz/sandbox/shim/api"
@@ -32,12 +33,17 @@ import (
 
 // TestMain is the shim, too: the tests' pods run this binary.
 func TestMain(m *testing.M) {
+	if len(os.Args) == 4 && os.Args[1] == "switch" {
+		os.Exit(frameswitch.Main(os.Args[2:]))
+	}
 	if len(os.Args) == 3 {
 		switch os.Args[1] {
 		case "shim":
 			os.Exit(shim.Main(os.Args[2:]))
 		case "fake-shim":
 			os.Exit(fakeShim(os.Args[2], &shimtest.Driver{}))
+		case "dhcp-shim", "same-address-shim":
+			os.Exit(dhcpShim(os.Args[2], os.Args[1] == "same-address-shim"))
 		case "slow-boot-shim":
 			os.Exit(fakeShim(os.Args[2], &shimtest.Driver{Hang: 1}))
 		case "no-boot-shim":
@@ -50,7 +56,8 @@ func TestMain(m *testing.M) {
 	}
 	code := m.Run()
 	if code == 0 {
-		if err := goleak.Find(); err != nil {
+		// A frame switch outlives its pods by some seconds.
+		if err := goleak.Find(goleak.IgnoreAnyFunction("github.com/cri-vz/cri-vz/sandbox/network/frameswitch.Process.Ensure.func1")); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			code = 1
 		}

@@ -333,6 +333,20 @@ func (p *Pod) killShim(ctx context.Context) error {
 	return nil
 }
 
+// tearDownNetwork is for a pod whose shim is gone.
+func (p *Pod) tearDownNetwork(ctx context.Context) error {
+	p.mu.Lock()
+	// Of a pod that this daemon made and whose shim told nothing, no guest ran.
+	over := p.state == nil && p.progress != nil || p.state != nil && !p.state.GetLeased()
+	p.mu.Unlock()
+	if nw, ok := p.pods.o.Network.(leases); ok && over {
+		if err := nw.Released(p.id); err != nil {
+			return err
+		}
+	}
+	return p.pods.o.Network.TearDown(ctx, p.id)
+}
+
 // Stop ends the pod and returns when its VM, its helpers, its mounts and its
 // network are gone (T34). It has no grace period: containers that should have
 // one are stopped before. Calling it again, or for a pod that died, is fine.
@@ -386,7 +400,7 @@ func (p *Pod) stop(ctx context.Context) error {
 	}
 	nctx, ncancel := context.WithTimeout(ctx, tearDown)
 	defer ncancel()
-	if err := p.pods.o.Network.TearDown(nctx, p.id); err != nil {
+	if err := p.tearDownNetwork(nctx); err != nil {
 		return fmt.Errorf("stop pod %s: its VM is gone, its network is not: %w", p.id, err)
 	}
 	p.emitStopped()

@@ -80,6 +80,11 @@ func Open(ctx context.Context, o Options) (*Pods, error) {
 		p.Close()
 		return nil, err
 	}
+	if k, ok := o.Network.(keeper); ok {
+		ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+		p.tasks.Go(func() { <-p.closing; cancel() })
+		p.tasks.Go(func() { k.Keep(ctx) })
+	}
 	return p, nil
 }
 

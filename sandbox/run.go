@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,6 +18,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/klog/v2"
 
+	guestapi "github.com/cri-vz/cri-vz/guest/api"
 	"github.com/cri-vz/cri-vz/sandbox/shim"
 	shimapi "github.com/cri-vz/cri-vz/sandbox/shim/api"
 )
@@ -125,11 +127,11 @@ func (p *Pods) start(ctx context.Context, pod *Pod, memory int64) (err error) {
 
 	if err := st.step(ctx, "network", func(ctx context.Context) (err error) {
 		rec.Network, err = p.o.Network.SetUp(ctx, networkPod(pod.id, cfg))
-		if err == nil && len(addresses(rec.Network)) == 0 { // T42
+		if err == nil && !rec.Network.DHCP && len(addresses(rec.Network)) == 0 { // T42
 			err = fmt.Errorf("the pod got no address: %w", errdefs.ErrFailedPrecondition)
 		}
 		return err
-	}, func(ctx context.Context) error { return p.o.Network.TearDown(ctx, pod.id) }); err != nil {
+	}, pod.tearDownNetwork); err != nil {
 		return err
 	}
 
@@ -230,6 +232,9 @@ func (p *Pods) startShim(ctx context.Context, pod *Pod, memory int64) error {
 			c.TapFD = 2 + len(inherit)
 		}
 		c.MAC, c.MTU = n.MAC, n.MTU
+		if n.Switch != nil {
+			c.SwitchSocket, c.SwitchMAC = n.Switch.Socket, n.Switch.MAC
+		}
 	}
 	if mounts, root, err := hostMounts(); err != nil {
 		return fmt.Errorf("mount namespace: %w", err)
@@ -316,7 +321,29 @@ func (p *Pods) boot(ctx context.Context, pod *Pod) error {
 		return fmt.Errorf("boot: %w", err)
 	}
 	pod.progress.addShim(resp.GetSteps())
+	if err := p.leased(pod, resp.GetLease()); err != nil {
+		return fmt.Errorf("sandbox set-up: %w", err)
+	}
 	return pod.refresh(ctx)
+}
+
+// leased takes over the address that the guest got, which a pod has to have (T42).
+func (p *Pods) leased(pod *Pod, l *guestapi.Lease) error {
+	if n := pod.rec.Network; n == nil || !n.DHCP {
+		return nil
+	}
+	nw, ok := p.o.Network.(leases)
+	a, err := netip.ParsePrefix(l.GetAddress())
+	if err != nil || !ok {
+		return fmt.Errorf("the pod got no address: %w", errors.Join(err, errdefs.ErrFailedPrecondition))
+	}
+	if err := nw.Leased(pod.id, a.Addr(), l.GetSeconds()); err != nil {
+		return err
+	}
+	pod.mu.Lock()
+	pod.rec.Network.Addresses = []netip.Prefix{a}
+	pod.mu.Unlock()
+	return nil
 }
 
 // logTail is the end of a shim's log, for an error.

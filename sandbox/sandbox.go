@@ -102,6 +102,25 @@ type Network interface {
 
 var _ Network = (*network.Network)(nil)
 
+// leases is a [Network] whose pods get their addresses by DHCP, in the guest.
+type leases interface {
+	// Leased says what a pod got and for how long. It refuses what can't be.
+	Leased(podID string, a netip.Addr, seconds uint32) error
+	// Released says that no lease of the pod's lives.
+	Released(podID string) error
+}
+
+// keeper is a [Network] with something to look after while pods are there.
+type keeper interface {
+	// Keep returns when ctx ends.
+	Keep(ctx context.Context)
+}
+
+var (
+	_ leases = (*network.NAT)(nil)
+	_ keeper = (*network.NAT)(nil)
+)
+
 // Step is one named part of a pod's start.
 type Step struct {
 	Name  string

@@ -130,11 +130,14 @@ func sandboxSetUp(c Class, cfg *runtimeapi.PodSandboxConfig, net *network.Result
 	if net == nil {
 		return req, nil
 	}
-	iface := &guestapi.Interface{Name: net.Interface, Mac: net.MAC, Mtu: uint32(net.MTU)}
+	iface := &guestapi.Interface{Name: net.Interface, Mac: net.MAC, Mtu: uint32(net.MTU), Dhcp: net.DHCP}
 	for _, a := range net.Addresses {
 		iface.Addresses = append(iface.Addresses, a.String())
 	}
 	req.Interfaces = []*guestapi.Interface{iface}
+	if s := net.Switch; s != nil {
+		req.Interfaces = append(req.Interfaces, &guestapi.Interface{Name: network.SwitchName, Mac: s.MAC, Mtu: uint32(net.MTU), DhcpPeers: true})
+	}
 	for _, r := range net.Routes {
 		route := &guestapi.Route{Interface: net.Interface, Metric: uint32(max(r.Metric, 0))}
 		if r.Destination.IsValid() {

@@ -5,7 +5,6 @@ package sandbox
 import (
 	"errors"
 	"net"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -29,7 +28,7 @@ func newVZEnv(t *testing.T) *env {
 	guest, _ := guestAndLayer(t)
 	dir := shortTemp(t)
 	// QEMU's NAT takes the framework's place.
-	nat, err := network.NewNAT(filepath.Join(dir, "net"), netip.MustParsePrefix("10.0.2.0/24"), netip.MustParseAddr("10.0.2.2"))
+	nat, err := network.NewNAT(filepath.Join(dir, "net"), filepath.Join(dir, "run"), self(t), "switch")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -57,7 +56,7 @@ func TestPodOnVZ(t *testing.T) {
 	start := time.Now()
 	p := e.run("mac")
 	t.Logf("ready after %.1f s", time.Since(start).Seconds())
-	if st := p.Status(); !st.Ready || len(st.IPs) != 1 || st.IPs[0].String() != "10.0.2.128" { // T42
+	if st := p.Status(); !st.Ready || len(st.IPs) != 1 || st.IPs[0].String() != "10.0.2.15" { // T42
 		t.Fatalf("status %+v", st)
 	}
 

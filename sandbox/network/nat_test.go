@@ -1,6 +1,8 @@
 package network
 
 import (
+	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -8,14 +10,15 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 )
 
-func testNAT(t *testing.T, dir, subnet string) *NAT {
+// testNAT has a switch command that does nothing.
+func testNAT(t *testing.T, dir string) *NAT {
 	t.Helper()
-	p := netip.MustParsePrefix(subnet)
-	n, err := NewNAT(dir, p, p.Addr().Next())
+	n, err := NewNAT(dir, filepath.Join(dir, "run"), "true")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -24,81 +27,144 @@ func testNAT(t *testing.T, dir, subnet string) *NAT {
 
 func TestNATResult(t *testing.T) {
 	dir := t.TempDir()
-	n := testNAT(t, dir, "192.168.64.0/24")
+	n := testNAT(t, dir)
 	r, err := n.SetUp(t.Context(), Pod{ID: "a"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r.Interface != "eth0" || r.MTU != 1500 || r.MAC != "0a:76:c0:a8:40:80" ||
-		!slices.Equal(r.Addresses, []netip.Prefix{netip.MustParsePrefix("192.168.64.128/24")}) ||
-		len(r.Routes) != 2 || r.Routes[1].Gateway != netip.MustParseAddr("192.168.64.1") {
-		t.Errorf("%+v", r)
+	if r.Interface != "eth0" || r.MTU != 1500 || !r.DHCP || len(r.Addresses) != 0 || !strings.HasPrefix(r.MAC, "0a:76:") || !strings.HasSuffix(r.MAC, ":00") ||
+		r.Switch == nil || r.Switch.MAC != strings.Replace(r.MAC, "0a:76:", "0a:77:", 1) || r.Switch.Socket != filepath.Join(dir, "run", SwitchSocket) {
+		t.Errorf("%+v, %+v", r, r.Switch)
 	}
 	if _, err := n.SetUp(t.Context(), Pod{ID: "a"}); !errdefs.IsAlreadyExists(err) {
 		t.Errorf("a second network of one pod: %v", err)
 	}
 	// Another daemon finds what this one gave out.
-	again := testNAT(t, dir, "192.168.64.0/24")
+	again := testNAT(t, dir)
 	if pods, err := again.Pods(); err != nil || !slices.Equal(pods, []string{"a"}) {
 		t.Errorf("pods %q, %v", pods, err)
 	}
-	if r, err := again.SetUp(t.Context(), Pod{ID: "b"}); err != nil || r.Addresses[0].Addr().String() != "192.168.64.129" {
-		t.Errorf("%+v, %v", r, err)
+	if b, err := again.SetUp(t.Context(), Pod{ID: "b"}); err != nil || b.MAC != strings.TrimSuffix(r.MAC, "00")+"01" {
+		t.Errorf("%+v, %v", b, err)
+	}
+	// One of another root has another pool.
+	if o, err := testNAT(t, t.TempDir()).SetUp(t.Context(), Pod{ID: "a"}); err != nil || o.MAC == r.MAC {
+		t.Errorf("%+v, %v", o, err)
 	}
 	for range 2 {
 		if err := again.TearDown(t.Context(), "a"); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := n.SetUp(t.Context(), Pod{ID: "c", PortMappings: []PortMapping{{HostPort: 80, ContainerPort: 80}}}); !errdefs.IsFailedPrecondition(err) {
-		t.Errorf("a host port: %v", err)
-	}
-	if _, err := n.SetUp(t.Context(), Pod{ID: "c", PortMappings: []PortMapping{{ContainerPort: 80}}}); err != nil {
-		t.Errorf("a port that is not published: %v", err)
+	if err := errors.Join(n.Leased("a", netip.MustParseAddr("192.168.64.2"), 60), n.Released("a")); err != nil {
+		t.Errorf("the lease of a pod that is gone: %v", err)
 	}
 }
 
-// T48: what was free for longest is used first, and only when nothing is new.
+// T48: a MAC that was never used is taken first, then the one that was free for
+// longest, and none while its last pod's lease may live.
 func TestNATRecycles(t *testing.T) {
-	n := testNAT(t, t.TempDir(), "10.0.0.0/28") // .8 to .14
+	n := testNAT(t, t.TempDir())
+	now := time.Unix(1_800_000_000, 0)
+	n.now = func() time.Time { return now }
 	take := func(id string) string {
 		t.Helper()
 		r, err := n.SetUp(t.Context(), Pod{ID: id})
 		if err != nil {
 			t.Fatal(err)
 		}
-		return r.Addresses[0].Addr().String()
+		return r.MAC
 	}
-	var got []string
-	for _, id := range []string{"a", "b", "c"} {
-		got = append(got, take(id))
-	}
-	for _, id := range []string{"b", "a"} {
+	down := func(id string) {
+		t.Helper()
 		if err := n.TearDown(t.Context(), id); err != nil {
 			t.Fatal(err)
 		}
 	}
-	for _, id := range []string{"d", "e", "f", "g", "h", "i"} {
-		got = append(got, take(id))
+	macs := map[string]string{}
+	var used []string
+	for i := range natPool {
+		id := fmt.Sprint("p", i)
+		macs[id] = take(id)
+		if slices.Contains(used, macs[id]) {
+			t.Fatalf("%s is given out twice", macs[id])
+		}
+		used = append(used, macs[id])
 	}
-	want := []string{"10.0.0.8", "10.0.0.9", "10.0.0.10", "10.0.0.11", "10.0.0.12", "10.0.0.13", "10.0.0.14", "10.0.0.9", "10.0.0.8"}
-	if !slices.Equal(got, want) {
-		t.Errorf("addresses %q, want %q", got, want)
-	}
-	if _, err := n.SetUp(t.Context(), Pod{ID: "j"}); !errdefs.IsResourceExhausted(err) {
+	if _, err := n.SetUp(t.Context(), Pod{ID: "more"}); !errdefs.IsResourceExhausted(err) || !strings.Contains(err.Error(), "are in use") {
 		t.Errorf("one pod too many: %v", err)
+	}
+	lease := func(id, a string, seconds uint32) {
+		t.Helper()
+		if err := n.Leased(id, netip.MustParseAddr(a), seconds); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lease("p1", "192.168.64.11", 600) // gives it back
+	lease("p2", "192.168.64.12", 600) // doesn't
+	lease("p3", "192.168.64.13", 600) // gives it back, later
+	for _, id := range []string{"p1", "p3"} {
+		if err := n.Released(id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	down("p4") // nothing is known of a lease
+	down("p2")
+	down("p1")
+	down("p3")
+	if got := take("q1"); got != macs["p1"] {
+		t.Errorf("%s, want that of p1, %s", got, macs["p1"])
+	}
+	if got := take("q3"); got != macs["p3"] {
+		t.Errorf("%s, want that of p3, %s", got, macs["p3"])
+	}
+	_, err := n.SetUp(t.Context(), Pod{ID: "q2"})
+	if until := now.Add(600 * time.Second).UTC().Format(time.RFC3339); !errdefs.IsResourceExhausted(err) || !strings.Contains(err.Error(), "wait until "+until) {
+		t.Errorf("while leases live: %v, want %s", err, until)
+	}
+	now = now.Add(601 * time.Second)
+	if got := take("q2"); got != macs["p2"] {
+		t.Errorf("%s, want that of p2, %s", got, macs["p2"])
+	}
+	now = now.Add(natLease)
+	if got := take("q4"); got != macs["p4"] {
+		t.Errorf("%s, want that of p4, %s", got, macs["p4"])
+	}
+}
+
+// Two pods with one address would be two pods of which one can't be reached.
+func TestNATAddressOfAnother(t *testing.T) {
+	n := testNAT(t, t.TempDir())
+	for _, id := range []string{"a", "b"} {
+		if _, err := n.SetUp(t.Context(), Pod{ID: id}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a := netip.MustParseAddr("192.168.64.2")
+	for range 2 {
+		if err := n.Leased("a", a, 60); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := n.Leased("b", a, 60); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "pod a's") {
+		t.Errorf("the address of another pod: %v", err)
+	}
+	if err := n.TearDown(t.Context(), "a"); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Leased("b", a, 60); err != nil {
+		t.Errorf("the address of a pod that is gone: %v", err)
 	}
 }
 
 func TestNATConcurrently(t *testing.T) {
-	n := testNAT(t, t.TempDir(), "10.0.0.0/24")
+	n := testNAT(t, t.TempDir())
 	var mu sync.Mutex
 	seen := map[string]bool{}
 	var all sync.WaitGroup
 	for i := range 20 {
 		all.Go(func() {
-			id := string(rune('a' + i))
-			r, err := n.SetUp(t.Context(), Pod{ID: id})
+			r, err := n.SetUp(t.Context(), Pod{ID: fmt.Sprint(i)})
 			if err != nil {
 				t.Error(err)
 				return
@@ -116,19 +182,13 @@ func TestNATConcurrently(t *testing.T) {
 
 func TestNATBadRecord(t *testing.T) {
 	dir := t.TempDir()
-	n := testNAT(t, dir, "10.0.0.0/24")
-	for _, content := range []string{"{", `{"schema":7}`, strings.Repeat(" ", natRecordLimit+1)} {
+	n := testNAT(t, dir)
+	for _, content := range []string{"{", `{"schema":7}`, `{"schema":2,"pool":"zz"}`, strings.Repeat(" ", natRecordLimit+1)} {
 		if err := os.WriteFile(filepath.Join(dir, "nat.json"), []byte(content), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := n.SetUp(t.Context(), Pod{ID: "a"}); err == nil || !strings.Contains(err.Error(), "nat.json") {
 			t.Errorf("record %.10q: %v", content, err)
-		}
-	}
-	for _, subnet := range []string{"10.0.0.0/30", "10.0.0.0/8", "fd00::/64"} {
-		p := netip.MustParsePrefix(subnet)
-		if _, err := NewNAT(dir, p, p.Addr().Next()); !errdefs.IsFailedPrecondition(err) {
-			t.Errorf("subnet %s: %v", subnet, err)
 		}
 	}
 }

@@ -72,7 +72,12 @@ type Result struct {
 	Interface string `json:"interface"`
 	MAC       string `json:"mac"`
 	MTU       int    `json:"mtu"`
-	// Addresses has at least one element; the first is the pod IP, the rest
+	// DHCP: Addresses and Routes are empty, and the guest gets them by DHCP on this
+	// interface.
+	DHCP bool `json:"dhcp,omitempty"`
+	// Switch has the guest's second NIC, which leads to the other pods.
+	Switch *Switch `json:"switch,omitempty"`
+	// Addresses has at least one element otherwise; the first is the pod IP, the rest
 	// are the CRI's additional_ips. The routes that a prefix implies are in
 	// Routes, so the guest adds addresses with IFA_F_NOPREFIXROUTE.
 	Addresses []netip.Prefix `json:"addresses"`
@@ -82,6 +87,15 @@ type Result struct {
 	// DNS is what the CNI result says, often nothing; it does not replace the
 	// pod's dns_config.
 	DNS DNS `json:"dns,omitzero"`
+}
+
+// SwitchName is the guest's NIC on a frame switch.
+const SwitchName = "eth1"
+
+// Switch is a pod's place on a frame switch (package frameswitch).
+type Switch struct {
+	Socket string `json:"socket"`
+	MAC    string `json:"mac"`
 }
 
 // Route of a pod's interface.

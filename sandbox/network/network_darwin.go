@@ -5,17 +5,14 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strings"
-	"time"
 
 	"github.com/containerd/errdefs"
 )
 
 // macOS has neither network namespaces nor CNI: pods are behind the Virtualization
-// framework's NAT, from where they reach the world and the host reaches them. Among
-// themselves they don't: the framework keeps machines apart.
+// framework's NAT, from where they reach the world and the host reaches them, and on a
+// frame switch among themselves: the framework keeps machines apart.
 
 func newNetwork(cfg Config) (*Network, error) {
 	if !filepath.IsAbs(cfg.StateDir) {
@@ -24,52 +21,11 @@ func newNetwork(cfg Config) (*Network, error) {
 	if cfg.NodeNetns != "" {
 		return nil, fmt.Errorf("network: macOS has no network namespaces, leave network.node_netns empty: %w", errdefs.ErrInvalidArgument)
 	}
-	subnet, gateway, err := sharedNetwork()
-	if err != nil {
-		return nil, err
-	}
-	behind, err := NewNAT(cfg.StateDir, subnet, gateway)
+	behind, err := NewNAT(cfg.StateDir, filepath.Dir(cfg.RunDir))
 	if err != nil {
 		return nil, err
 	}
 	return &Network{cfg: cfg, platform: platform{behind}}, nil
-}
-
-// What the framework uses unless it was told otherwise.
-const (
-	defaultGateway = "192.168.64.1"
-	defaultMask    = "255.255.255.0"
-)
-
-// sharedNetwork is the subnet of the framework's NAT and the host's address in it.
-func sharedNetwork() (netip.Prefix, netip.Addr, error) {
-	gateway, err := netip.ParseAddr(setting("Shared_Net_Address", defaultGateway))
-	if err != nil {
-		return netip.Prefix{}, netip.Addr{}, fmt.Errorf("network: the NAT's address: %w", err)
-	}
-	mask, err := netip.ParseAddr(setting("Shared_Net_Mask", defaultMask))
-	if err != nil || !mask.Is4() {
-		return netip.Prefix{}, netip.Addr{}, fmt.Errorf("network: the NAT's mask %s: %w", mask, err)
-	}
-	bits := 0
-	for _, b := range mask.As4() {
-		for ; b&0x80 != 0; b <<= 1 {
-			bits++
-		}
-	}
-	return netip.PrefixFrom(gateway, bits).Masked(), gateway, nil
-}
-
-// setting is a value of vmnet's, which the framework's NAT is made of.
-func setting(key, otherwise string) string {
-	const file = "/Library/Preferences/SystemConfiguration/com.apple.vmnet.plist"
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-	defer cancel()
-	out, err := exec.CommandContext(ctx, "/usr/bin/plutil", "-extract", key, "raw", "-o", "-", file).Output()
-	if err != nil || strings.TrimSpace(string(out)) == "" {
-		return otherwise // the file is not there before the first machine
-	}
-	return strings.TrimSpace(string(out))
 }
 
 // platform is what a Network is made of here.
@@ -84,6 +40,13 @@ func (n *Network) tearDown(ctx context.Context, podID string) error {
 	return n.nat.TearDown(ctx, podID)
 }
 func (n *Network) pods() ([]string, error) { return n.nat.Pods() }
+
+// Leased, Released and Keep are [NAT]'s.
+func (n *Network) Leased(id string, a netip.Addr, seconds uint32) error {
+	return n.nat.Leased(id, a, seconds)
+}
+func (n *Network) Released(id string) error { return n.nat.Released(id) }
+func (n *Network) Keep(ctx context.Context) { n.nat.Keep(ctx) }
 
 // errNoNetns answers for namespaces.
 var errNoNetns = fmt.Errorf("macOS has no network namespaces: %w", errdefs.ErrNotImplemented)

@@ -58,7 +58,7 @@ func (s *Shim) Boot(ctx context.Context, req *shimapi.BootRequest) (*shimapi.Boo
 	for try := 1; try <= boots; try++ {
 		if err = s.bootOnce(ctx, sandbox); err == nil {
 			state, _ := s.state()
-			return &shimapi.BootResponse{Steps: state.Steps}, nil
+			return &shimapi.BootResponse{Steps: state.Steps, Lease: s.lease}, nil
 		}
 		if !errors.Is(err, errStalled) && !errors.Is(err, errDied) || ctx.Err() != nil {
 			break
@@ -98,6 +98,7 @@ func (s *Shim) bootOnce(ctx context.Context, sandbox *guestapi.SetUpSandboxReque
 	defer func() {
 		if err != nil {
 			if a != nil {
+				s.releaseLease(a)
 				a.close()
 			}
 			if cerr := m.Close(); cerr != nil {
@@ -145,6 +146,11 @@ func (s *Shim) bootOnce(ctx context.Context, sandbox *guestapi.SetUpSandboxReque
 	sandbox.UnixNanos = time.Now().UnixNano()
 	sandbox.Entropy = make([]byte, entropyBytes)
 	_, _ = rand.Read(sandbox.Entropy) // never fails
+	granted := hostClock(start)
+	dhcp := usesDHCP(sandbox)
+	if dhcp {
+		s.change(func() { s.leased = true })
+	}
 	sctx, scancel := context.WithTimeout(ctx, 6*time.Duration(s.cfg.Timeouts.Agent))
 	setUp, err := bounded(sctx, "set up sandbox", a.SetUpSandbox, sandbox)
 	early := sctx.Err() == nil
@@ -155,6 +161,9 @@ func (s *Shim) bootOnce(ctx context.Context, sandbox *guestapi.SetUpSandboxReque
 		// times too fast. A fresh VM measures again. // T7
 		err = fmt.Errorf("%w: %w", err, errStalled)
 	}
+	if err == nil && dhcp {
+		err = checkLease(setUp.GetLease())
+	}
 	if err != nil {
 		return fmt.Errorf("sandbox set-up: %w", err)
 	}
@@ -164,7 +173,7 @@ func (s *Shim) bootOnce(ctx context.Context, sandbox *guestapi.SetUpSandboxReque
 	var gone bool
 	s.change(func() {
 		if gone = s.vm == shimapi.VM_GONE || s.stopping; !gone {
-			s.agent, s.vm = a, shimapi.VM_READY
+			s.agent, s.vm, s.lease = a, shimapi.VM_READY, setUp.GetLease()
 		}
 	})
 	if gone {
@@ -178,6 +187,13 @@ func (s *Shim) bootOnce(ctx context.Context, sandbox *guestapi.SetUpSandboxReque
 		begin := time.Now()
 		s.watchClock(a, looks.C, func() hostTime { return hostClock(begin) })
 	})
+	if dhcp {
+		s.tasks.Go(func() {
+			looks := time.NewTicker(clockEvery)
+			defer looks.Stop()
+			s.watchLease(a, setUp.GetLease(), granted, looks.C, func() hostTime { return hostClock(start) })
+		})
+	}
 	s.tasks.Go(func() {
 		looks := time.NewTicker(time.Duration(s.cfg.Timeouts.Idle) / idleLooks)
 		defer looks.Stop()
@@ -260,6 +276,17 @@ func (s *Shim) machineConfig(ctx context.Context) (vmm.Config, error) {
 		}
 	}
 	mc.NICs = []vmm.NIC{nic}
+	if c.SwitchMAC == "" {
+		return mc, nil
+	}
+	frames, err := s.joinSwitch(ctx)
+	if err != nil {
+		if nic.Tap != nil {
+			nic.Tap.Close()
+		}
+		return mc, err
+	}
+	mc.NICs = append(mc.NICs, frames)
 	return mc, nil
 }
 

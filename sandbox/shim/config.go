@@ -88,6 +88,10 @@ type Config struct {
 	// MAC and MTU of the guest's NIC; an empty MAC is a guest without one.
 	MAC string `json:"mac,omitempty"`
 	MTU int    `json:"mtu,omitempty"`
+	// SwitchMAC is of the guest's second NIC, with the same MTU, on the frame switch
+	// that listens at SwitchSocket; both or none.
+	SwitchSocket string `json:"switchSocket,omitempty"`
+	SwitchMAC    string `json:"switchMAC,omitempty"`
 	// TapFD is the inherited descriptor of the NIC's tap; 0: none.
 	TapFD int `json:"tapFD,omitempty"`
 	// HostMountFD is the inherited descriptor of the daemon's mount namespace,

@@ -16,6 +16,7 @@ import (
 	"k8s.io/klog/v2"
 
 	guestapi "github.com/cri-vz/cri-vz/guest/api"
+	"github.com/cri-vz/cri-vz/sandbox/network/frameswitch"
 	shimapi "github.com/cri-vz/cri-vz/sandbox/shim/api"
 	"github.com/cri-vz/cri-vz/sandbox/vmm"
 )
@@ -50,10 +51,13 @@ type Shim struct {
 	booted     bool // Boot was called
 	stopping   bool
 	diskError  string
+	lease      *guestapi.Lease // what Boot got
+	leased     bool            // the DHCP server may have a lease of this pod's
 	steps      []*guestapi.Step
 	containers map[string]*container
 	machine    vmm.Machine
 	agent      *agent
+	port       *frameswitch.Port // nil: not on a frame switch
 }
 
 // New makes a shim for c. It takes ownership of tap, which may be nil.
@@ -198,7 +202,7 @@ func (s *Shim) change(f func()) {
 func (s *Shim) state() (*shimapi.PodState, <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	p := &shimapi.PodState{Revision: s.revision, Vm: s.vm, Reason: s.reason, DiskError: s.diskError, Steps: s.steps[:len(s.steps):len(s.steps)]}
+	p := &shimapi.PodState{Revision: s.revision, Vm: s.vm, Reason: s.reason, DiskError: s.diskError, Leased: s.leased, Steps: s.steps[:len(s.steps):len(s.steps)]}
 	for _, c := range s.containers {
 		if c.state != nil {
 			p.Containers = append(p.Containers, proto.CloneOf(c.state))
@@ -298,6 +302,7 @@ func (s *Shim) Stop(ctx context.Context, _ *shimapi.StopRequest) (*shimapi.StopR
 		case <-m.Done():
 		default:
 			if a != nil {
+				s.releaseLease(a)
 				s.shutDown(a, m, kill)
 			}
 			s.killVM("the pod was stopped")
@@ -309,6 +314,14 @@ func (s *Shim) Stop(ctx context.Context, _ *shimapi.StopRequest) (*shimapi.StopR
 	s.vmGone("the pod was stopped")
 	if a != nil {
 		a.close()
+	}
+	s.mu.Lock()
+	port := s.port
+	s.mu.Unlock()
+	if port != nil {
+		if err := port.Close(); err != nil {
+			klog.ErrorS(err, "Leaving the frame switch failed", "pod", s.cfg.ID)
+		}
 	}
 	waitFor(&s.tasks, 3*time.Second)
 	if err := s.volumes.close(); err != nil {

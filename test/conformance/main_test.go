@@ -94,7 +94,7 @@ func withDaemon(m *testing.M, base string) (code int, err error) {
 	if code != 0 || err != nil {
 		d.PrintLog(os.Stderr, 25)
 	}
-	err = errors.Join(err, d.Leftovers(), d.Stop(), suite.Close())
+	err = errors.Join(err, settle(d), d.Leftovers(), d.Stop(), suite.Close())
 	for _, p := range d.Processes() {
 		err = errors.Join(err, fmt.Errorf("process %d is left: %.200s", p.PID, p.Command))
 	}

@@ -47,6 +47,9 @@ func platform(bin, base string) (guests string, settings []string, err error) {
 			return "", nil, fmt.Errorf("%s: %w: %s", cmd, err, out)
 		}
 	}
+	if err := startNAT(); err != nil {
+		return "", nil, err
+	}
 	var skip []string
 	for pattern, why := range notOnMac {
 		fmt.Printf("not on a Mac: %s: %s\n", pattern, why)

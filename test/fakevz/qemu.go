@@ -113,6 +113,12 @@ func startGuest(c *VirtualMachineConfiguration) (_ *guest, err error) {
 			mtu = f.mtu
 			g.relays = append(g.relays, newRelay(near, f.fd, f.fd))
 			args = append(args, "-netdev", fmt.Sprintf("dgram,id=%s,local.type=fd,local.str=%d", id, fd))
+		} else if bridge := os.Getenv("FAKEVZ_NAT"); bridge != "" {
+			tap, err := openTap(bridge)
+			if err != nil {
+				return nil, err
+			}
+			args = append(args, "-netdev", fmt.Sprintf("tap,id=%s,fd=%d", id, inherit(tap)))
 		} else {
 			args = append(args, "-netdev", "user,id="+id)
 		}
@@ -184,6 +190,36 @@ func startGuest(c *VirtualMachineConfiguration) (_ *guest, err error) {
 		return nil, errors.Join(err, g.wait())
 	}
 	return g, nil
+}
+
+// openTap makes a tap on a bridge that plays the framework's NAT, which keeps machines
+// apart. It ends with its last descriptor.
+func openTap(bridge string) (*os.File, error) {
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	tap := os.NewFile(uintptr(fd), "tap")
+	ifr, err := unix.NewIfreq("nat%d")
+	if err == nil {
+		ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr)
+	}
+	if err != nil {
+		tap.Close()
+		return nil, fmt.Errorf("tap: %w", err)
+	}
+	for _, args := range [][]string{
+		{"ip", "link", "set", ifr.Name(), "master", bridge},
+		{"bridge", "link", "set", "dev", ifr.Name(), "isolated", "on"},
+		{"ip", "link", "set", ifr.Name(), "up"},
+	} {
+		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+			tap.Close()
+			return nil, fmt.Errorf("%q: %w: %s", args, err, out)
+		}
+	}
+	return tap, nil
 }
 
 // running returns when QEMU's main loop runs.

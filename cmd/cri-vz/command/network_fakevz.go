@@ -12,10 +12,10 @@ import (
 )
 
 // The daemon that is built with the stand-in for the framework has a Mac's network:
-// pods behind the machine's own NAT, which here is QEMU's.
+// pods behind the machine's own NAT, which here is QEMU's or a test's bridge.
 func init() {
 	openNetwork = func(c *config.Config, _ netip.Prefix) (podNetwork, error) {
-		nat, err := network.NewNAT(filepath.Join(c.Root, "network"), netip.MustParsePrefix("10.0.2.0/24"), netip.MustParseAddr("10.0.2.2"))
+		nat, err := network.NewNAT(filepath.Join(c.Root, "network"), c.Run)
 		return behindNAT{nat}, err
 	}
 }

@@ -273,6 +273,7 @@ type PodState struct {
 	Containers    []*ContainerState      `protobuf:"bytes,4,rep,name=containers,proto3" json:"containers,omitempty"`
 	Steps         []*api.Step            `protobuf:"bytes,5,rep,name=steps,proto3" json:"steps,omitempty"`                          // start-up steps so far
 	DiskError     string                 `protobuf:"bytes,6,opt,name=disk_error,json=diskError,proto3" json:"disk_error,omitempty"` // what the host answered when it could not store the guest's writes
+	Leased        bool                   `protobuf:"varint,7,opt,name=leased,proto3" json:"leased,omitempty"`                       // the guest asked for an address by DHCP, and has not given it back
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -347,6 +348,13 @@ func (x *PodState) GetDiskError() string {
 		return x.DiskError
 	}
 	return ""
+}
+
+func (x *PodState) GetLeased() bool {
+	if x != nil {
+		return x.Leased
+	}
+	return false
 }
 
 type ContainerState struct {
@@ -520,6 +528,7 @@ func (x *BootRequest) GetSandbox() *api.SetUpSandboxRequest {
 type BootResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Steps         []*api.Step            `protobuf:"bytes,1,rep,name=steps,proto3" json:"steps,omitempty"`
+	Lease         *api.Lease             `protobuf:"bytes,2,opt,name=lease,proto3" json:"lease,omitempty"` // if the guest got its address by DHCP; checked
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -557,6 +566,13 @@ func (*BootResponse) Descriptor() ([]byte, []int) {
 func (x *BootResponse) GetSteps() []*api.Step {
 	if x != nil {
 		return x.Steps
+	}
+	return nil
+}
+
+func (x *BootResponse) GetLease() *api.Lease {
+	if x != nil {
+		return x.Lease
 	}
 	return nil
 }
@@ -1202,7 +1218,7 @@ const file_sandbox_shim_api_shim_proto_rawDesc = "" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12!\n" +
 	"\fshim_version\x18\x02 \x01(\tR\vshimVersion\x12\x10\n" +
 	"\x03pid\x18\x03 \x01(\rR\x03pid\"\x0e\n" +
-	"\fWatchRequest\"\xeb\x01\n" +
+	"\fWatchRequest\"\x83\x02\n" +
 	"\bPodState\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12!\n" +
 	"\x02vm\x18\x02 \x01(\x0e2\x11.crivz.shim.v1.VMR\x02vm\x12\x16\n" +
@@ -1212,7 +1228,8 @@ const file_sandbox_shim_api_shim_proto_rawDesc = "" +
 	"containers\x12*\n" +
 	"\x05steps\x18\x05 \x03(\v2\x14.crivz.guest.v1.StepR\x05steps\x12\x1d\n" +
 	"\n" +
-	"disk_error\x18\x06 \x01(\tR\tdiskError\"\xf4\x02\n" +
+	"disk_error\x18\x06 \x01(\tR\tdiskError\x12\x16\n" +
+	"\x06leased\x18\a \x01(\bR\x06leased\"\xf4\x02\n" +
 	"\x0eContainerState\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12*\n" +
@@ -1230,9 +1247,10 @@ const file_sandbox_shim_api_shim_proto_rawDesc = "" +
 	" \x01(\v2\x1c.crivz.guest.v1.ResolvedUserR\x04user\x12*\n" +
 	"\x11log_lines_dropped\x18\v \x01(\x04R\x0flogLinesDropped\"L\n" +
 	"\vBootRequest\x12=\n" +
-	"\asandbox\x18\x01 \x01(\v2#.crivz.guest.v1.SetUpSandboxRequestR\asandbox\":\n" +
+	"\asandbox\x18\x01 \x01(\v2#.crivz.guest.v1.SetUpSandboxRequestR\asandbox\"g\n" +
 	"\fBootResponse\x12*\n" +
-	"\x05steps\x18\x01 \x03(\v2\x14.crivz.guest.v1.StepR\x05steps\"\xbc\x01\n" +
+	"\x05steps\x18\x01 \x03(\v2\x14.crivz.guest.v1.StepR\x05steps\x12+\n" +
+	"\x05lease\x18\x02 \x01(\v2\x15.crivz.guest.v1.LeaseR\x05lease\"\xbc\x01\n" +
 	"\x16CreateContainerRequest\x12D\n" +
 	"\tcontainer\x18\x01 \x01(\v2&.crivz.guest.v1.CreateContainerRequestR\tcontainer\x12/\n" +
 	"\avolumes\x18\x02 \x03(\v2\x15.crivz.shim.v1.VolumeR\avolumes\x12\x19\n" +
@@ -1336,20 +1354,21 @@ var file_sandbox_shim_api_shim_proto_goTypes = []any{
 	(*api.Step)(nil),                    // 22: crivz.guest.v1.Step
 	(*api.ResolvedUser)(nil),            // 23: crivz.guest.v1.ResolvedUser
 	(*api.SetUpSandboxRequest)(nil),     // 24: crivz.guest.v1.SetUpSandboxRequest
-	(*api.CreateContainerRequest)(nil),  // 25: crivz.guest.v1.CreateContainerRequest
-	(*api.IDMapping)(nil),               // 26: crivz.guest.v1.IDMapping
-	(*api.ExecRequest)(nil),             // 27: crivz.guest.v1.ExecRequest
-	(*api.WaitRequest)(nil),             // 28: crivz.guest.v1.WaitRequest
-	(*api.RemoveExecRequest)(nil),       // 29: crivz.guest.v1.RemoveExecRequest
-	(*api.ResizePtyRequest)(nil),        // 30: crivz.guest.v1.ResizePtyRequest
-	(*api.UpdateContainerRequest)(nil),  // 31: crivz.guest.v1.UpdateContainerRequest
-	(*api.StatsRequest)(nil),            // 32: crivz.guest.v1.StatsRequest
-	(*api.ExecResponse)(nil),            // 33: crivz.guest.v1.ExecResponse
-	(*api.WaitResponse)(nil),            // 34: crivz.guest.v1.WaitResponse
-	(*api.RemoveExecResponse)(nil),      // 35: crivz.guest.v1.RemoveExecResponse
-	(*api.ResizePtyResponse)(nil),       // 36: crivz.guest.v1.ResizePtyResponse
-	(*api.UpdateContainerResponse)(nil), // 37: crivz.guest.v1.UpdateContainerResponse
-	(*api.StatsResponse)(nil),           // 38: crivz.guest.v1.StatsResponse
+	(*api.Lease)(nil),                   // 25: crivz.guest.v1.Lease
+	(*api.CreateContainerRequest)(nil),  // 26: crivz.guest.v1.CreateContainerRequest
+	(*api.IDMapping)(nil),               // 27: crivz.guest.v1.IDMapping
+	(*api.ExecRequest)(nil),             // 28: crivz.guest.v1.ExecRequest
+	(*api.WaitRequest)(nil),             // 29: crivz.guest.v1.WaitRequest
+	(*api.RemoveExecRequest)(nil),       // 30: crivz.guest.v1.RemoveExecRequest
+	(*api.ResizePtyRequest)(nil),        // 31: crivz.guest.v1.ResizePtyRequest
+	(*api.UpdateContainerRequest)(nil),  // 32: crivz.guest.v1.UpdateContainerRequest
+	(*api.StatsRequest)(nil),            // 33: crivz.guest.v1.StatsRequest
+	(*api.ExecResponse)(nil),            // 34: crivz.guest.v1.ExecResponse
+	(*api.WaitResponse)(nil),            // 35: crivz.guest.v1.WaitResponse
+	(*api.RemoveExecResponse)(nil),      // 36: crivz.guest.v1.RemoveExecResponse
+	(*api.ResizePtyResponse)(nil),       // 37: crivz.guest.v1.ResizePtyResponse
+	(*api.UpdateContainerResponse)(nil), // 38: crivz.guest.v1.UpdateContainerResponse
+	(*api.StatsResponse)(nil),           // 39: crivz.guest.v1.StatsResponse
 }
 var file_sandbox_shim_api_shim_proto_depIdxs = []int32{
 	0,  // 0: crivz.shim.v1.PodState.vm:type_name -> crivz.shim.v1.VM
@@ -1359,48 +1378,49 @@ var file_sandbox_shim_api_shim_proto_depIdxs = []int32{
 	23, // 4: crivz.shim.v1.ContainerState.user:type_name -> crivz.guest.v1.ResolvedUser
 	24, // 5: crivz.shim.v1.BootRequest.sandbox:type_name -> crivz.guest.v1.SetUpSandboxRequest
 	22, // 6: crivz.shim.v1.BootResponse.steps:type_name -> crivz.guest.v1.Step
-	25, // 7: crivz.shim.v1.CreateContainerRequest.container:type_name -> crivz.guest.v1.CreateContainerRequest
-	11, // 8: crivz.shim.v1.CreateContainerRequest.volumes:type_name -> crivz.shim.v1.Volume
-	6,  // 9: crivz.shim.v1.CreateContainerResponse.state:type_name -> crivz.shim.v1.ContainerState
-	26, // 10: crivz.shim.v1.Volume.uid_mappings:type_name -> crivz.guest.v1.IDMapping
-	26, // 11: crivz.shim.v1.Volume.gid_mappings:type_name -> crivz.guest.v1.IDMapping
-	2,  // 12: crivz.shim.v1.Shim.Hello:input_type -> crivz.shim.v1.HelloRequest
-	4,  // 13: crivz.shim.v1.Shim.Watch:input_type -> crivz.shim.v1.WatchRequest
-	7,  // 14: crivz.shim.v1.Shim.Boot:input_type -> crivz.shim.v1.BootRequest
-	9,  // 15: crivz.shim.v1.Shim.CreateContainer:input_type -> crivz.shim.v1.CreateContainerRequest
-	12, // 16: crivz.shim.v1.Shim.StartContainer:input_type -> crivz.shim.v1.StartContainerRequest
-	13, // 17: crivz.shim.v1.Shim.StopContainer:input_type -> crivz.shim.v1.StopContainerRequest
-	16, // 18: crivz.shim.v1.Shim.RemoveContainer:input_type -> crivz.shim.v1.RemoveContainerRequest
-	18, // 19: crivz.shim.v1.Shim.ReopenLog:input_type -> crivz.shim.v1.ReopenLogRequest
-	27, // 20: crivz.shim.v1.Shim.Exec:input_type -> crivz.guest.v1.ExecRequest
-	28, // 21: crivz.shim.v1.Shim.WaitExec:input_type -> crivz.guest.v1.WaitRequest
-	29, // 22: crivz.shim.v1.Shim.RemoveExec:input_type -> crivz.guest.v1.RemoveExecRequest
-	30, // 23: crivz.shim.v1.Shim.ResizePty:input_type -> crivz.guest.v1.ResizePtyRequest
-	31, // 24: crivz.shim.v1.Shim.UpdateContainer:input_type -> crivz.guest.v1.UpdateContainerRequest
-	14, // 25: crivz.shim.v1.Shim.AdjustMachine:input_type -> crivz.shim.v1.AdjustMachineRequest
-	32, // 26: crivz.shim.v1.Shim.Stats:input_type -> crivz.guest.v1.StatsRequest
-	20, // 27: crivz.shim.v1.Shim.Stop:input_type -> crivz.shim.v1.StopRequest
-	3,  // 28: crivz.shim.v1.Shim.Hello:output_type -> crivz.shim.v1.HelloResponse
-	5,  // 29: crivz.shim.v1.Shim.Watch:output_type -> crivz.shim.v1.PodState
-	8,  // 30: crivz.shim.v1.Shim.Boot:output_type -> crivz.shim.v1.BootResponse
-	10, // 31: crivz.shim.v1.Shim.CreateContainer:output_type -> crivz.shim.v1.CreateContainerResponse
-	6,  // 32: crivz.shim.v1.Shim.StartContainer:output_type -> crivz.shim.v1.ContainerState
-	6,  // 33: crivz.shim.v1.Shim.StopContainer:output_type -> crivz.shim.v1.ContainerState
-	17, // 34: crivz.shim.v1.Shim.RemoveContainer:output_type -> crivz.shim.v1.RemoveContainerResponse
-	19, // 35: crivz.shim.v1.Shim.ReopenLog:output_type -> crivz.shim.v1.ReopenLogResponse
-	33, // 36: crivz.shim.v1.Shim.Exec:output_type -> crivz.guest.v1.ExecResponse
-	34, // 37: crivz.shim.v1.Shim.WaitExec:output_type -> crivz.guest.v1.WaitResponse
-	35, // 38: crivz.shim.v1.Shim.RemoveExec:output_type -> crivz.guest.v1.RemoveExecResponse
-	36, // 39: crivz.shim.v1.Shim.ResizePty:output_type -> crivz.guest.v1.ResizePtyResponse
-	37, // 40: crivz.shim.v1.Shim.UpdateContainer:output_type -> crivz.guest.v1.UpdateContainerResponse
-	15, // 41: crivz.shim.v1.Shim.AdjustMachine:output_type -> crivz.shim.v1.AdjustMachineResponse
-	38, // 42: crivz.shim.v1.Shim.Stats:output_type -> crivz.guest.v1.StatsResponse
-	21, // 43: crivz.shim.v1.Shim.Stop:output_type -> crivz.shim.v1.StopResponse
-	28, // [28:44] is the sub-list for method output_type
-	12, // [12:28] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	25, // 7: crivz.shim.v1.BootResponse.lease:type_name -> crivz.guest.v1.Lease
+	26, // 8: crivz.shim.v1.CreateContainerRequest.container:type_name -> crivz.guest.v1.CreateContainerRequest
+	11, // 9: crivz.shim.v1.CreateContainerRequest.volumes:type_name -> crivz.shim.v1.Volume
+	6,  // 10: crivz.shim.v1.CreateContainerResponse.state:type_name -> crivz.shim.v1.ContainerState
+	27, // 11: crivz.shim.v1.Volume.uid_mappings:type_name -> crivz.guest.v1.IDMapping
+	27, // 12: crivz.shim.v1.Volume.gid_mappings:type_name -> crivz.guest.v1.IDMapping
+	2,  // 13: crivz.shim.v1.Shim.Hello:input_type -> crivz.shim.v1.HelloRequest
+	4,  // 14: crivz.shim.v1.Shim.Watch:input_type -> crivz.shim.v1.WatchRequest
+	7,  // 15: crivz.shim.v1.Shim.Boot:input_type -> crivz.shim.v1.BootRequest
+	9,  // 16: crivz.shim.v1.Shim.CreateContainer:input_type -> crivz.shim.v1.CreateContainerRequest
+	12, // 17: crivz.shim.v1.Shim.StartContainer:input_type -> crivz.shim.v1.StartContainerRequest
+	13, // 18: crivz.shim.v1.Shim.StopContainer:input_type -> crivz.shim.v1.StopContainerRequest
+	16, // 19: crivz.shim.v1.Shim.RemoveContainer:input_type -> crivz.shim.v1.RemoveContainerRequest
+	18, // 20: crivz.shim.v1.Shim.ReopenLog:input_type -> crivz.shim.v1.ReopenLogRequest
+	28, // 21: crivz.shim.v1.Shim.Exec:input_type -> crivz.guest.v1.ExecRequest
+	29, // 22: crivz.shim.v1.Shim.WaitExec:input_type -> crivz.guest.v1.WaitRequest
+	30, // 23: crivz.shim.v1.Shim.RemoveExec:input_type -> crivz.guest.v1.RemoveExecRequest
+	31, // 24: crivz.shim.v1.Shim.ResizePty:input_type -> crivz.guest.v1.ResizePtyRequest
+	32, // 25: crivz.shim.v1.Shim.UpdateContainer:input_type -> crivz.guest.v1.UpdateContainerRequest
+	14, // 26: crivz.shim.v1.Shim.AdjustMachine:input_type -> crivz.shim.v1.AdjustMachineRequest
+	33, // 27: crivz.shim.v1.Shim.Stats:input_type -> crivz.guest.v1.StatsRequest
+	20, // 28: crivz.shim.v1.Shim.Stop:input_type -> crivz.shim.v1.StopRequest
+	3,  // 29: crivz.shim.v1.Shim.Hello:output_type -> crivz.shim.v1.HelloResponse
+	5,  // 30: crivz.shim.v1.Shim.Watch:output_type -> crivz.shim.v1.PodState
+	8,  // 31: crivz.shim.v1.Shim.Boot:output_type -> crivz.shim.v1.BootResponse
+	10, // 32: crivz.shim.v1.Shim.CreateContainer:output_type -> crivz.shim.v1.CreateContainerResponse
+	6,  // 33: crivz.shim.v1.Shim.StartContainer:output_type -> crivz.shim.v1.ContainerState
+	6,  // 34: crivz.shim.v1.Shim.StopContainer:output_type -> crivz.shim.v1.ContainerState
+	17, // 35: crivz.shim.v1.Shim.RemoveContainer:output_type -> crivz.shim.v1.RemoveContainerResponse
+	19, // 36: crivz.shim.v1.Shim.ReopenLog:output_type -> crivz.shim.v1.ReopenLogResponse
+	34, // 37: crivz.shim.v1.Shim.Exec:output_type -> crivz.guest.v1.ExecResponse
+	35, // 38: crivz.shim.v1.Shim.WaitExec:output_type -> crivz.guest.v1.WaitResponse
+	36, // 39: crivz.shim.v1.Shim.RemoveExec:output_type -> crivz.guest.v1.RemoveExecResponse
+	37, // 40: crivz.shim.v1.Shim.ResizePty:output_type -> crivz.guest.v1.ResizePtyResponse
+	38, // 41: crivz.shim.v1.Shim.UpdateContainer:output_type -> crivz.guest.v1.UpdateContainerResponse
+	15, // 42: crivz.shim.v1.Shim.AdjustMachine:output_type -> crivz.shim.v1.AdjustMachineResponse
+	39, // 43: crivz.shim.v1.Shim.Stats:output_type -> crivz.guest.v1.StatsResponse
+	21, // 44: crivz.shim.v1.Shim.Stop:output_type -> crivz.shim.v1.StopResponse
+	29, // [29:45] is the sub-list for method output_type
+	13, // [13:29] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_sandbox_shim_api_shim_proto_init() }
