@@ -20,7 +20,7 @@ export CGO_ENABLED := 0
 # What a Mac runs.
 DARWIN_PACKAGES := ./cmd/cri-vz/... ./cri/... ./sandbox/... ./imageservice/... ./guest/api/... ./guest/image/...
 # What CI asks of the whole daemon as on a Mac; make test-long asks the rest, too.
-MAC_TESTS       := ^Test(Image|Container|Log|Mounts|Exec|ExecSync|Attach|PortForward|Stats|PodSandbox|Restart|MacNetwork|MacNetworkWithoutDHCP)$$
+MAC_TESTS       := ^Test(Image|Container|Log|Mounts|Exec|ExecSync|Attach|PortForward|Stats|PodSandbox|Restart|MacNetwork|MacNetworkWithoutDHCP|MacHostPorts)$$
 STAND_IN        := test/fakevz=github.com/Code-Hex/vz/v3
 
 # Packages whose tests boot VMs run one at a time: a boot takes a whole core.

@@ -86,6 +86,7 @@ var messages = []message{
 			c.PortMappings = []*runtimeapi.PortMapping{{HostPort: 1 << 20, ContainerPort: 80}}
 		}},
 		{field: "host_port: with a CNI configuration that lacks `portmap`", reason: "nothing would carry it out (`FailedPrecondition`)"},
+		{field: "host_port: for UDP or SCTP, on macOS", reason: "there a host port is a proxy for TCP connections (`FailedPrecondition`)"},
 		{field: "host_ip: not an address", reason: "nothing could listen there", pod: func(c *runtimeapi.PodSandboxConfig) {
 			c.PortMappings = []*runtimeapi.PortMapping{{HostIp: "here", HostPort: 80, ContainerPort: 80}}
 		}},

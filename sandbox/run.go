@@ -232,6 +232,9 @@ func (p *Pods) startShim(ctx context.Context, pod *Pod, memory int64) error {
 			c.TapFD = 2 + len(inherit)
 		}
 		c.MAC, c.MTU = n.MAC, n.MTU
+		for _, m := range n.HostPorts {
+			c.HostPorts = append(c.HostPorts, shim.HostPort{Address: m.HostIP, Port: uint16(m.HostPort), PodPort: uint16(m.ContainerPort)})
+		}
 		if n.Switch != nil {
 			c.SwitchSocket, c.SwitchMAC = n.Switch.Socket, n.Switch.MAC
 		}

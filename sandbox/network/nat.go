@@ -187,12 +187,16 @@ func (r *natRecord) mac(nic, number byte) net.HardwareAddr {
 const natNIC, switchNIC = 0x76, 0x77
 
 // SetUp gives a pod its MAC address; what else it needs the guest gets by DHCP, see
-// [NAT.Leased]. Ports of the host can't be published: that is
-// errdefs.ErrFailedPrecondition.
+// [NAT.Leased]. Ports of the host are for TCP; others are errdefs.ErrFailedPrecondition.
 func (n *NAT) SetUp(_ context.Context, pod Pod) (*Result, error) {
+	var ports []PortMapping
 	for _, p := range pod.PortMappings {
-		if p.HostPort != 0 {
-			return nil, fmt.Errorf("pod %s: host port %d: this host has no port mappings, use port-forward: %w", pod.ID, p.HostPort, errdefs.ErrFailedPrecondition)
+		switch {
+		case p.HostPort == 0:
+		case p.Protocol != "" && p.Protocol != "tcp":
+			return nil, fmt.Errorf("pod %s: host port %d/%s: on macOS a host port is a proxy for TCP connections; reach the pod at its address: %w", pod.ID, p.HostPort, p.Protocol, errdefs.ErrFailedPrecondition)
+		default:
+			ports = append(ports, p)
 		}
 	}
 	if pod.ID == "" {
@@ -220,6 +224,7 @@ func (n *NAT) SetUp(_ context.Context, pod Pod) (*Result, error) {
 	}
 	return &Result{
 		Interface: InterfaceName, MAC: r.mac(natNIC, number).String(), MTU: natMTU, DHCP: true,
+		HostPorts: ports,
 		Switch:    &Switch{Socket: n.switched.Socket, MAC: r.mac(switchNIC, number).String()},
 	}, nil
 }

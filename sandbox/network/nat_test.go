@@ -61,6 +61,24 @@ func TestNATResult(t *testing.T) {
 	}
 }
 
+func TestNATHostPorts(t *testing.T) {
+	n := testNAT(t, t.TempDir())
+	for _, protocol := range []string{"udp", "sctp"} {
+		m := PortMapping{HostPort: 53, ContainerPort: 53, Protocol: protocol}
+		if _, err := n.SetUp(t.Context(), Pod{ID: protocol, PortMappings: []PortMapping{m}}); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "host port 53/"+protocol) {
+			t.Errorf("%s: %v", protocol, err)
+		}
+	}
+	if pods, err := n.Pods(); err != nil || len(pods) != 0 {
+		t.Errorf("what was refused is there: %q, %v", pods, err)
+	}
+	web := PortMapping{HostPort: 80, ContainerPort: 8080, Protocol: "tcp", HostIP: "127.0.0.1"}
+	r, err := n.SetUp(t.Context(), Pod{ID: "a", PortMappings: []PortMapping{{ContainerPort: 80, Protocol: "udp"}, web}})
+	if err != nil || !slices.Equal(r.HostPorts, []PortMapping{web}) {
+		t.Errorf("%+v, %v", r, err)
+	}
+}
+
 // T48: a MAC that was never used is taken first, then the one that was free for
 // longest, and none while its last pod's lease may live.
 func TestNATRecycles(t *testing.T) {

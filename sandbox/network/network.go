@@ -75,6 +75,8 @@ type Result struct {
 	// DHCP: Addresses and Routes are empty, and the guest gets them by DHCP on this
 	// interface.
 	DHCP bool `json:"dhcp,omitempty"`
+	// HostPorts are ports that the pod's shim has to publish: the network doesn't.
+	HostPorts []PortMapping `json:"hostPorts,omitempty"`
 	// Switch has the guest's second NIC, which leads to the other pods.
 	Switch *Switch `json:"switch,omitempty"`
 	// Addresses has at least one element otherwise; the first is the pod IP, the rest

@@ -54,7 +54,12 @@ func (s *Shim) Boot(ctx context.Context, req *shimapi.BootRequest) (*shimapi.Boo
 	if sandbox == nil {
 		sandbox = &guestapi.SetUpSandboxRequest{}
 	}
-	var err error
+	err := s.publish(ctx)
+	if err != nil {
+		err = fmt.Errorf("pod %s: host ports: %w", s.cfg.ID, err)
+		s.vmGone(err.Error())
+		return nil, err
+	}
 	for try := 1; try <= boots; try++ {
 		if err = s.bootOnce(ctx, sandbox); err == nil {
 			state, _ := s.state()

@@ -92,6 +92,9 @@ type Config struct {
 	// that listens at SwitchSocket; both or none.
 	SwitchSocket string `json:"switchSocket,omitempty"`
 	SwitchMAC    string `json:"switchMAC,omitempty"`
+	// HostPorts are TCP ports of the host that lead to the pod for as long as its VM
+	// lives.
+	HostPorts []HostPort `json:"hostPorts,omitempty"`
 	// TapFD is the inherited descriptor of the NIC's tap; 0: none.
 	TapFD int `json:"tapFD,omitempty"`
 	// HostMountFD is the inherited descriptor of the daemon's mount namespace,
@@ -105,6 +108,13 @@ type Config struct {
 	Cgroups []string `json:"cgroups,omitempty"`
 
 	Timeouts Timeouts `json:"timeouts,omitzero"`
+}
+
+// HostPort is a port of the host that leads to one of the pod.
+type HostPort struct {
+	Address string `json:"address,omitempty"` // of the host; empty: all
+	Port    uint16 `json:"port"`
+	PodPort uint16 `json:"podPort"`
 }
 
 // Timeouts bound the shim's waits; zero fields take their default. They are

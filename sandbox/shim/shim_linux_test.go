@@ -55,7 +55,7 @@ type rig struct {
 	cancel context.CancelFunc
 }
 
-func newRig(t *testing.T, d *shimtest.Driver, timeouts Timeouts) *rig {
+func newRig(t *testing.T, d *shimtest.Driver, timeouts Timeouts, change ...func(*Config)) *rig {
 	t.Helper()
 	dir, err := os.MkdirTemp("/tmp", "cvzshim")
 	if err != nil {
@@ -65,6 +65,9 @@ func newRig(t *testing.T, d *shimtest.Driver, timeouts Timeouts) *rig {
 	c := Config{
 		ID: "pod1", PodDir: filepath.Join(dir, "pod"), RunDir: filepath.Join(dir, "run"),
 		Kernel: "/k", Initrd: "/i", CPUs: 1, MemoryBytes: 1 << 20, Timeouts: timeouts,
+	}
+	for _, f := range change {
+		f(&c)
 	}
 	for _, d := range []string{c.RunDir, filepath.Join(c.PodDir, VolumesDir), filepath.Join(c.PodDir, ContainersDir)} {
 		if err := os.MkdirAll(d, 0o700); err != nil {

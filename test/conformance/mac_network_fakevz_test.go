@@ -9,6 +9,8 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -256,4 +258,82 @@ func TestMacNetworkWithoutDHCP(t *testing.T) {
 			cri.WantError(t, err, codes.Unavailable, "sandbox set-up", "DHCP on eth0", tt.want, "bootpd")
 		})
 	}
+}
+
+// Ports of the host lead to the pod by way of its shim.
+func TestMacHostPorts(t *testing.T) {
+	const everywhere, loopback = 12080, 12081
+	ports := func(cfg *runtimeapi.PodSandboxConfig) {
+		cfg.PortMappings = []*runtimeapi.PortMapping{
+			{ContainerPort: 3000, HostPort: everywhere},
+			{ContainerPort: 3000, HostPort: loopback, HostIp: "127.0.0.1"},
+			{ContainerPort: 3001}, // not published
+		}
+	}
+	p := newMacPod(t, "mac-ports", ports)
+	answers := func(t *testing.T) {
+		t.Helper()
+		for _, at := range []string{"127.0.0.1", "[::1]", nat.gateway.Addr().String()} {
+			if got, err := get("http://" + at + ":" + strconv.Itoa(everywhere) + "/"); err != nil || got != "hello from mac-ports\n" {
+				t.Errorf("%s: %q, %v", at, got, err)
+			}
+		}
+		if got, err := get("http://127.0.0.1:" + strconv.Itoa(loopback) + "/"); err != nil || got != "hello from mac-ports\n" {
+			t.Errorf("%q, %v", got, err)
+		}
+	}
+	t.Run("answer", answers)
+	t.Run("on one address only", func(t *testing.T) {
+		if got, err := get("http://" + nat.gateway.Addr().String() + ":" + strconv.Itoa(loopback) + "/"); err == nil {
+			t.Errorf("%q", got)
+		}
+	})
+	t.Run("survive the daemon", func(t *testing.T) {
+		suite.daemon.Kill()
+		answers(t)
+		if err := suite.daemon.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if err := suite.Redial(); err != nil {
+			t.Fatal(err)
+		}
+		answers(t)
+	})
+	t.Run("what can't be published", func(t *testing.T) {
+		before, err := objects(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, tt := range []struct {
+			name string
+			m    *runtimeapi.PortMapping
+			want []string
+		}{
+			{"a port that is taken", &runtimeapi.PortMapping{ContainerPort: 1, HostPort: everywhere}, []string{"host port 12080", "address already in use", "choose another port"}},
+			{"UDP", &runtimeapi.PortMapping{ContainerPort: 53, HostPort: 12053, Protocol: runtimeapi.Protocol_UDP}, []string{"host port 12053/udp", "TCP"}},
+			{"no address of the host's", &runtimeapi.PortMapping{ContainerPort: 1, HostPort: 12082, HostIp: "192.0.2.1"}, []string{"host port 12082", "no such address"}},
+		} {
+			cfg := podConfig("mac-refused")
+			cfg.PortMappings = []*runtimeapi.PortMapping{tt.m}
+			_, err := runPod(cri.Timeout(t, cri.CallTimeout), cfg)
+			cri.WantError(t, err, codes.FailedPrecondition, tt.want...)
+		}
+		if after, err := objects(t.Context()); err != nil || !slices.Equal(before, after) {
+			t.Errorf("left: %v, before: %v, %v", after, before, err)
+		}
+		answers(t)
+	})
+	t.Run("are gone with the pod", func(t *testing.T) {
+		if _, err := p.StopPodSandbox(cri.Timeout(t, cri.CallTimeout), &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.ID}); err != nil {
+			t.Fatal(err)
+		}
+		for _, port := range []int{everywhere, loopback} {
+			l, err := net.Listen("tcp", ":"+strconv.Itoa(port))
+			if err != nil {
+				t.Error(err)
+				continue
+			}
+			l.Close()
+		}
+	})
 }

@@ -603,7 +603,7 @@ func (m *Machine) serveStream(conn net.Conn) {
 		return
 	}
 	var p *proc
-	if h.Kind == guestapi.Port {
+	if h.Kind == guestapi.Port || h.Kind == guestapi.PodPort {
 		if h.Port != 7 {
 			err = fmt.Errorf("nothing listens on port %d", h.Port)
 		}
@@ -615,7 +615,7 @@ func (m *Machine) serveStream(conn net.Conn) {
 		return
 	}
 	switch h.Kind {
-	case guestapi.Port:
+	case guestapi.Port, guestapi.PodPort:
 		_, err = io.Copy(s, readOnly{s})
 	case guestapi.Stdin:
 		if _, err = io.Copy(p.inW, readOnly{s}); err == nil {
