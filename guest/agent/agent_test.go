@@ -88,7 +88,10 @@ func newHost(t *testing.T) *host {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cg := filepath.Join(cgroupRoot(t), fmt.Sprintf("cri-vz-test-%d", os.Getpid()))
+	cg, err := os.MkdirTemp(cgroupRoot(t), "cri-vz-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
 	p := paths{
 		exe: exe, run: dir + "/run", layers: dir + "/layers", mounts: dir + "/l", volumes: dir + "/volumes",
 		scratch: dir + "/scratch", cgroup: cg, devpts: "/dev/pts",

@@ -5,11 +5,14 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os/exec"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -17,6 +20,7 @@ import (
 	"github.com/insomniacslk/dhcp/dhcpv4"
 	"golang.org/x/sys/unix"
 
+	"github.com/cri-vz/cri-vz/guest/api"
 	"github.com/cri-vz/cri-vz/test/natnet"
 )
 
@@ -24,57 +28,83 @@ var natGateway = netip.MustParsePrefix("192.168.64.1/24")
 
 const longLease = 24 * time.Hour
 
-// onCable has a server and a NIC in network namespaces of their own.
-//
-// configure gives the NIC its address, as SetUpSandbox does.
-func onCable(t *testing.T) (s *natnet.Server, d *dhcpLink, configure func(*lease)) {
+func ip(t *testing.T, args string) {
 	t.Helper()
-	ip := func(args string) {
-		t.Helper()
-		if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
-			t.Fatalf("ip %s: %v: %s", args, err, out)
-		}
+	tool := "ip"
+	if rest, ok := strings.CutPrefix(args, "bridge "); ok {
+		tool, args = "bridge", rest
 	}
-	runtime.LockOSThread() // for good: the thread ends with the test
-	var ns [2]int
-	for i := range ns {
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			t.Fatalf("these tests make network namespaces, run them as root: %v", err)
-		}
-		fd, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { unix.Close(fd) })
-		ns[i] = fd
-	}
-	// This thread is in the second, the server's.
-	ip("link add host type veth peer name nic")
-	nic, err := net.InterfaceByName("nic")
+	path, err := exec.LookPath(tool)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := setLink(nic.Index, 0, attr32(unix.IFLA_NET_NS_FD, uint32(ns[0]))); err != nil {
+	// os/exec would lose its child to the reaper. // T22
+	ended := make(chan unix.WaitStatus, 1)
+	if _, err := testReaper().start(func() (int, error) {
+		return syscall.ForkExec(path, append([]string{tool}, strings.Fields(args)...), &syscall.ProcAttr{Files: []uintptr{0, 1, 2}})
+	}, func(ws unix.WaitStatus, _ time.Time) { ended <- ws }); err != nil {
 		t.Fatal(err)
 	}
-	ip("addr add " + natGateway.String() + " dev host")
-	ip("link set host up")
-	s, err = natnet.Serve("host", natGateway, longLease)
+	if ws := <-ended; ws != 0 {
+		t.Fatalf("%s %s: status %d", tool, args, ws.ExitStatus())
+	}
+}
+
+// newNetns makes a network namespace, and leaves the test's thread in it: that ends
+// with the test.
+func newNetns(t *testing.T) int {
+	t.Helper()
+	runtime.LockOSThread()
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		t.Fatalf("these tests make network namespaces, run them as root: %v", err)
+	}
+	fd, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	return fd
+}
+
+// moveTo moves a NIC of the thread's namespace to another.
+func moveTo(t *testing.T, netns int, name string) net.Interface {
+	t.Helper()
+	nic, err := net.InterfaceByName(name)
+	if err == nil {
+		err = setLink(nic.Index, 0, attr32(unix.IFLA_NET_NS_FD, uint32(netns)))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return *nic
+}
+
+// onCable has a server and a NIC in network namespaces of their own. configure gives
+// the NIC its address, as SetUpSandbox does.
+func onCable(t *testing.T) (s *natnet.Server, d *dhcpLink, configure func(*lease)) {
+	t.Helper()
+	client := newNetns(t)
+	newNetns(t)
+	ip(t, "link add host type veth peer name nic")
+	nic := moveTo(t, client, "nic")
+	ip(t, "addr add "+natGateway.String()+" dev host")
+	ip(t, "link set host up")
+	s, err := natnet.Serve("host", natGateway, longLease)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { s.Close() })
-	if err := inNetns(ns[0], func() error { return setLink(nic.Index, unix.IFF_UP, nil) }); err != nil {
+	if err := inNetns(client, func() error { return setLink(nic.Index, unix.IFF_UP, nil) }); err != nil {
 		t.Fatal(err)
 	}
-	d, err = openDHCP(ns[0], nic.Index, nic.HardwareAddr)
+	d, err = openDHCP(client, nic.Index, nic.HardwareAddr)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(d.close)
 	return s, d, func(l *lease) {
 		t.Helper()
-		if err := inNetns(ns[0], func() error {
+		if err := inNetns(client, func() error {
 			return errors.Join(addAddress(nic.Index, l.address), addRoute(podRoute{Destination: l.address.Masked(), Interface: "nic", Source: l.address.Addr()}))
 		}); err != nil {
 			t.Fatal(err)
@@ -258,5 +288,152 @@ func TestUDPPacket(t *testing.T) {
 	}
 	if got, err := udpPayload(b, dhcpServerPort); err != nil || string(got) != "odd" {
 		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// natPod is a sandbox with two NICs, as a pod on macOS has them.
+type natPod struct {
+	*host
+	address netip.Addr
+	netns   int
+}
+
+func newNATPod(t *testing.T, host, guest int, number string) *natPod {
+	t.Helper()
+	p := &natPod{host: newHost(t)}
+	r := &api.SetUpSandboxRequest{Hostname: "pod" + number, PidMode: api.NamespaceMode_CONTAINER}
+	for i, name := range []string{"eth0", "eth1"} {
+		port, bridge := []string{"nat", "sw"}[i]+number, []string{"vznat", "vzsw"}[i]
+		nic := net.Interface{}
+		if err := inNetns(host, func() error {
+			ip(t, "link add "+port+" type veth peer name nic")
+			ip(t, "link set "+port+" master "+bridge)
+			if i == 0 { // as the NAT keeps machines apart
+				ip(t, "bridge link set dev "+port+" isolated on")
+			}
+			ip(t, "link set "+port+" up")
+			nic = moveTo(t, guest, "nic")
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		r.Interfaces = append(r.Interfaces, &api.Interface{Name: name, Mac: nic.HardwareAddr.String(), Mtu: 1500, Dhcp: i == 0, DhcpPeers: i == 1})
+		ip(t, "link set nic name n"+number+name) // the next pod's is "nic", too
+	}
+	// On this thread, which is in the guest's namespace as PID 1 is.
+	resp, err := p.SetUpSandbox(p.ctx(), r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := netip.ParsePrefix(resp.GetLease().GetAddress())
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.address, p.netns = a.Addr(), int(p.sandbox.netns.Fd())
+	serveIn(t, p.netns, p.address)
+	return p
+}
+
+const natTestPort = 3000
+
+// serveIn serves at an address: a client reads the address that it comes from.
+func serveIn(t *testing.T, netns int, a netip.Addr) {
+	t.Helper()
+	if err := inNetns(netns, func() error {
+		l, err := net.Listen("tcp", netip.AddrPortFrom(a, natTestPort).String())
+		if err != nil {
+			return err
+		}
+		t.Cleanup(func() { l.Close() })
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				_, _ = c.Write([]byte(c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap().String()))
+				c.Close()
+			}
+		}()
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// reach dials to from netns, once, and wants to be seen as from.
+func reach(t *testing.T, netns int, from, to netip.Addr) {
+	t.Helper()
+	if err := inNetns(netns, func() error {
+		// A first packet that gets lost is sent again after a second.
+		c, err := net.DialTimeout("tcp", netip.AddrPortFrom(to, natTestPort).String(), 3*time.Second)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		_ = c.SetDeadline(time.Now().Add(3 * time.Second))
+		if b, err := io.ReadAll(c); err != nil || string(b) != from.String() {
+			return fmt.Errorf("seen as %q, %v", b, err)
+		}
+		return nil
+	}); err != nil {
+		t.Errorf("from %v to %v: %v", from, to, err)
+	}
+}
+
+// Pods have one address and two links: the host by the first, each other by the
+// second, both ways, at once, and whatever the neighbours knew before. // T48
+func TestPodsBehindNAT(t *testing.T) {
+	for round := range 4 {
+		t.Run(fmt.Sprint(round), func(t *testing.T) {
+			host := newNetns(t)
+			// A bridge without an address of its own takes the least of its ports', and
+			// another one whenever a port comes or goes.
+			ip(t, "link add vznat address 0a:99:00:00:00:01 type bridge")
+			ip(t, "addr add "+natGateway.String()+" dev vznat")
+			ip(t, "link set vznat up")
+			s, err := natnet.Serve("vznat", natGateway, longLease)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { s.Close() })
+			ip(t, "link add vzsw type bridge")
+			ip(t, "link set vzsw up")
+			serveIn(t, host, natGateway.Addr())
+			guest := newNetns(t)
+			// The host has had another machine with the second pod's address.
+			second := natGateway.Addr().Next().Next()
+			if err := inNetns(host, func() error {
+				ip(t, "neigh replace "+second.String()+" lladdr 02:00:00:00:00:99 dev vznat nud reachable")
+				return nil
+			}); err != nil {
+				t.Fatal(err)
+			}
+			a := newNATPod(t, host, guest, "1")
+			if err := inNetns(a.netns, func() error {
+				ip(t, "neigh replace "+second.String()+" lladdr 02:00:00:00:00:99 dev eth1 nud reachable")
+				return nil
+			}); err != nil {
+				t.Fatal(err)
+			}
+			b := newNATPod(t, host, guest, "2")
+			if b.address != second {
+				t.Fatalf("the second pod has %v", b.address)
+			}
+			gateway := natGateway.Addr()
+			reach(t, host, gateway, b.address)
+			reach(t, a.netns, a.address, b.address)
+			reach(t, b.netns, b.address, a.address)
+			for _, p := range []*natPod{a, b} {
+				reach(t, host, gateway, p.address)
+				reach(t, p.netns, p.address, gateway)
+			}
+			if _, err := a.RenewLease(a.ctx(), &api.RenewLeaseRequest{}); err != nil {
+				t.Errorf("renewal from the pod's namespace: %v", err)
+			}
+			if _, err := a.ReleaseLease(a.ctx(), &api.ReleaseLeaseRequest{}); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -74,14 +76,34 @@ func startDHCP(ctx context.Context, r *api.SetUpSandboxRequest, setup *podSetup,
 	return d, nil
 }
 
-// announce says on every link of the pod whose the address is now.
-func (d *dhcp) announce(netns int, setup *podSetup) error {
-	for _, in := range setup.Interfaces {
-		if err := announce(netns, in.Index, in.mac, d.lease.address.Addr()); err != nil {
-			return fmt.Errorf("%s: %w", in.Name, err)
+// announceAfter are the pauses before each announcement but the first. A link that has just come up
+// drops what is sent until the kernel's link watch has seen it, and says nothing, and so
+// does a bridge's port on its other side: one announcement alone is lost now and then,
+// and whoever has the address in mind as another's doesn't reach the pod for as long as
+// that lasts.
+var announceAfter = []time.Duration{100 * time.Millisecond, 400 * time.Millisecond, 1500 * time.Millisecond}
+
+// announce says on every link of the pod whose the address is now: once, and again in
+// the background.
+func (d *dhcp) announce(netns *os.File, setup *podSetup, failed func(error)) error {
+	self := d.lease.address.Addr()
+	say := func() error {
+		for _, in := range setup.Interfaces {
+			if err := announce(int(netns.Fd()), in.Index, in.mac, self); err != nil {
+				return fmt.Errorf("%s: %w", in.Name, err)
+			}
 		}
+		return nil
 	}
-	return nil
+	go func() {
+		for _, pause := range announceAfter {
+			time.Sleep(pause)
+			if err := say(); err != nil {
+				failed(err)
+			}
+		}
+	}()
+	return say()
 }
 
 // take is the lease, if there is one, for one caller at a time until done.

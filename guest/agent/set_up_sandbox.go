@@ -102,7 +102,9 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 	}
 	resp := &api.SetUpSandboxResponse{}
 	if s.err == nil && sb.dhcp != nil {
-		s.run("announce", func() error { return sb.dhcp.announce(int(sb.netns.Fd()), setup) })
+		s.run("announce", func() error {
+			return sb.dhcp.announce(sb.netns, setup, func(err error) { a.log.Printf("announce: %v", err) })
+		})
 		resp.Lease = sb.dhcp.lease.api()
 	}
 	if s.err != nil {
