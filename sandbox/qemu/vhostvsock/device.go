@@ -26,6 +26,11 @@ const (
 	minWindow = 64 << 10
 	maxWindow = 512 << 10
 
+	// turnPackets is how many packets a stream sends before the next one may: with
+	// 4 KiB each, 64 KiB. A process in the guest that is woken for one packet costs
+	// more than the packet.
+	turnPackets = 16
+
 	// maxResets is how many replies to unwanted packets may wait for the guest's
 	// buffers before its packets wait too.
 	maxResets = 256
@@ -65,9 +70,11 @@ type Device struct {
 	reserved int // bytes of the budget promised to streams
 
 	// What the rx worker has to send: resets of streams that are not in streams,
-	// and a queue of streams that takes one packet of each in turn.
+	// and a queue of streams that takes turnPackets of each in turn.
 	resets      []packet
 	first, last *stream
+	turn        *stream // whose turn it is
+	taken       int     // packets of its turn
 	resetNext   bool
 }
 
@@ -309,6 +316,9 @@ func (d *Device) newStream(port uint32) (*stream, error) {
 func (d *Device) forget(st *stream) {
 	d.mu.Lock()
 	delete(d.streams, st.flow)
+	if d.turn == st {
+		d.turn = nil
+	}
 	d.mu.Unlock()
 }
 
@@ -330,18 +340,20 @@ func (d *Device) unreserve(n int) {
 }
 
 // schedule puts the stream at the end of the queue of those that have something to
-// send, unless it is in it.
+// send, or in front if its turn is not over, unless it is in it.
 func (d *Device) schedule(st *stream) {
 	d.mu.Lock()
 	queued := st.queued
 	if !queued {
 		st.queued = true
-		if d.last == nil {
-			d.first = st
-		} else {
-			d.last.next = st
+		switch {
+		case d.first == nil:
+			d.first, d.last = st, st
+		case st == d.turn && d.taken < turnPackets:
+			st.next, d.first = d.first, st
+		default:
+			d.last.next, d.last = st, st
 		}
-		d.last = st
 	}
 	d.mu.Unlock()
 	if !queued {
@@ -408,6 +420,10 @@ func (d *Device) nextWork() (*packet, *stream) {
 		d.last = nil
 	}
 	st.next, st.queued = nil, false
+	if st != d.turn || d.taken == turnPackets {
+		d.turn, d.taken = st, 0
+	}
+	d.taken++
 	d.resetNext = true
 	return nil, st
 }

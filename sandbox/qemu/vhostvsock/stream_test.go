@@ -258,12 +258,12 @@ func TestSlowGuestReader(t *testing.T) {
 	}
 }
 
-// Streams take turns packet by packet, and what a stream wants besides data waits no
-// longer than that.
+// Streams take turns of turnPackets, and what a stream wants besides data waits no
+// longer than for one turn of each.
 func TestFairness(t *testing.T) {
 	g := newGuest(t, nil)
 	g.accept(sinkPort, func(c *guestConn) { io.Copy(io.Discard, c) })
-	const n = 8
+	const n = 3
 	var streams []*stream
 	for range n {
 		streams = append(streams, g.dial(sinkPort))
@@ -303,25 +303,32 @@ func TestFairness(t *testing.T) {
 	if err := last.CloseWrite(); err != nil {
 		t.Fatal(err)
 	}
-	const turns = 3
-	g.give(turns*n + 1)
-	count := map[uint32]int{}
+	const turns, packets = 2, 2*n*turnPackets + 1
+	given := 0
 	eventually(t, "packets came", func() bool {
 		g.mu.Lock()
-		defer g.mu.Unlock()
-		return len(g.seen) == turns*n+1
+		more := min(packets-given, len(g.held))
+		came := len(g.seen)
+		g.mu.Unlock()
+		g.give(more)
+		given += more
+		return came == packets
 	})
+	count := map[uint32]int{}
 	g.mu.Lock()
 	for i, p := range g.seen {
 		count[p.srcPort]++
-		if p.op == opShutdown && i > n {
+		if p.op == opShutdown && i > n*turnPackets {
 			t.Errorf("the shutdown came after %d packets of %d streams", i, n)
+		}
+		if p.op == opData && i > 0 && p.srcPort != g.seen[i-1].srcPort && count[p.srcPort]%turnPackets != 1 {
+			t.Errorf("packet %d is the %dth of its stream: another's turn was cut short", i, count[p.srcPort])
 		}
 	}
 	g.record = false
 	g.mu.Unlock()
 	for _, st := range streams {
-		if count[st.flow.host] != turns {
+		if count[st.flow.host] != turns*turnPackets {
 			t.Errorf("%d packets of a stream in %d turns: %v", count[st.flow.host], turns, count)
 		}
 	}
