@@ -27,7 +27,7 @@ func (s *Server) PodSandboxStatus(_ context.Context, req *runtimeapi.PodSandboxS
 		for _, step := range st.Steps {
 			steps = append(steps, stepInfo{Name: step.Name, Milliseconds: float64(step.Nanos) / 1e6})
 		}
-		if resp.Info, err = verboseInfo(podInfo{Reason: st.Reason, DiskError: st.DiskError, Console: pod.ConsolePath(), Steps: steps}); err != nil {
+		if resp.Info, err = verboseInfo(podInfo{Reason: st.Reason, DiskError: st.DiskError, Console: pod.ConsolePath(), DataSocket: pod.DataSocket(), Steps: steps}); err != nil {
 			return nil, err
 		}
 	}

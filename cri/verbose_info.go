@@ -4,10 +4,11 @@ import "encoding/json"
 
 // podInfo and containerInfo are the "info" of the verbose status calls.
 type podInfo struct {
-	Reason    string     `json:"reason,omitempty"`
-	DiskError string     `json:"diskError,omitempty"`
-	Console   string     `json:"console"`
-	Steps     []stepInfo `json:"steps"`
+	Reason     string     `json:"reason,omitempty"`
+	DiskError  string     `json:"diskError,omitempty"`
+	Console    string     `json:"console"`
+	DataSocket string     `json:"dataSocket"`
+	Steps      []stepInfo `json:"steps"`
 }
 
 type stepInfo struct {

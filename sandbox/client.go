@@ -110,14 +110,37 @@ func native(err error) error {
 	return errgrpc.ToNative(err)
 }
 
+// HandOver gives a client's TCP connection to the shim that serves the socket (see
+// [Pod.DataSocket]), which joins it to a port on the pod's loopback. It returns
+// when something there has answered. The caller closes local afterwards in any
+// case, and not before. Errors are those of [Pod.Stream], and
+// errdefs.ErrUnavailable if the socket can't be had.
+func HandOver(ctx context.Context, socket string, port uint16, local *net.TCPConn) error {
+	s, err := openStreamAt(ctx, socket, guestapi.Header{Kind: guestapi.Port, Port: port}, local)
+	if err != nil {
+		return err
+	}
+	return s.Close()
+}
+
 // openStream opens a stream through the shim in the run directory.
 func openStream(ctx context.Context, run string, h guestapi.Header) (*guestapi.Stream, error) {
+	return openStreamAt(ctx, filepath.Join(run, shimapi.SocketData), h, nil)
+}
+
+// openStreamAt opens a stream through a shim's data socket, or hands tcp over.
+func openStreamAt(ctx context.Context, socket string, h guestapi.Header, tcp *net.TCPConn) (*guestapi.Stream, error) {
 	ctx, cancel := context.WithTimeout(ctx, streamOpen)
 	defer cancel()
 	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", filepath.Join(run, shimapi.SocketData))
+	conn, err := d.DialContext(ctx, "unix", socket)
 	if err != nil {
 		return nil, fmt.Errorf("dial the pod's shim: %w: %w", err, errdefs.ErrUnavailable)
+	}
+	if tcp != nil {
+		if conn, err = shimapi.WithTCP(conn.(*net.UnixConn), tcp); err != nil {
+			return nil, err
+		}
 	}
 	// The deadline alone would leave a cancelled caller waiting for it.
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })

@@ -129,6 +129,9 @@ func (p *Pod) Stream(ctx context.Context, h guestapi.Header) (*guestapi.Stream, 
 	return s, nil
 }
 
+// DataSocket is where [HandOver] finds the pod's shim.
+func (p *Pod) DataSocket() string { return filepath.Join(p.run, shimapi.SocketData) }
+
 // Stats asks the guest for the pod's and its containers' resource usage; for their
 // open files, which take a while to count, if they are wanted.
 func (p *Pod) Stats(ctx context.Context, files bool) (*guestapi.StatsResponse, error) {

@@ -32,6 +32,15 @@ func direct(c net.Conn) net.Conn {
 	return c
 }
 
+// directTCP is a TCP connection whose bytes go by way of a directConn.
+type directTCP struct {
+	*net.TCPConn
+	bytes net.Conn
+}
+
+func (c *directTCP) Read(p []byte) (int, error)  { return c.bytes.Read(p) }
+func (c *directTCP) Write(p []byte) (int, error) { return c.bytes.Write(p) }
+
 func (c *directConn) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil

@@ -172,7 +172,7 @@ func (a *Agent) forwardPort(conn net.Conn, h api.Header) {
 		return
 	}
 	_ = conn.SetDeadline(time.Time{})
-	join(s, target)
+	api.Join(s, &directTCP{target, direct(target)})
 }
 
 var loopback = []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()}

@@ -66,16 +66,31 @@ func (s *Shim) serveData(l net.Listener) {
 
 func (s *Shim) serveStream(ctx context.Context, conn net.Conn) {
 	_ = conn.SetDeadline(time.Now().Add(headerTimeout))
-	h, err := guestapi.ReadHeader(conn)
-	if err != nil {
+	in := &headerReader{conn: conn}
+	h, err := guestapi.ReadHeader(in)
+	if err != nil || in.file != nil && h.Kind != guestapi.Port {
+		if in.file != nil {
+			in.file.Close()
+		}
 		return
 	}
 	_ = conn.SetDeadline(time.Time{})
+	if in.file != nil {
+		s.forward(ctx, conn, h, in.file)
+		return
+	}
 	if h.Exec == "" && (h.Kind == guestapi.Stdout || h.Kind == guestapi.Stderr || h.Kind == guestapi.Terminal) {
 		s.attach(conn, h)
 		return
 	}
 	guest, err := s.dialGuest(ctx, h)
+	if err == nil {
+		_ = guest.SetWriteDeadline(time.Now().Add(streamTimeout))
+		if err = guestapi.WriteHeader(guest, h); err != nil {
+			guest.Close()
+			err = fmt.Errorf("pod %s: send stream header: %w", s.cfg.ID, err)
+		}
+	}
 	if err != nil {
 		_, _ = guestapi.Accept(conn, err)
 		return
@@ -84,7 +99,7 @@ func (s *Shim) serveStream(ctx context.Context, conn net.Conn) {
 	splice(conn, guest)
 }
 
-// dialGuest connects to the guest's data port and passes h on.
+// dialGuest connects to the guest's data port, for what h says.
 func (s *Shim) dialGuest(ctx context.Context, h guestapi.Header) (net.Conn, error) {
 	if h.Kind != guestapi.Port {
 		c, err := s.find(h.Container)
@@ -107,11 +122,6 @@ func (s *Shim) dialGuest(ctx context.Context, h guestapi.Header) (net.Conn, erro
 	guest, err := m.Dial(ctx, guestapi.PortData)
 	if err != nil {
 		return nil, fmt.Errorf("pod %s: dial the guest's data port: %w", s.cfg.ID, err)
-	}
-	_ = guest.SetWriteDeadline(time.Now().Add(streamTimeout))
-	if err := guestapi.WriteHeader(guest, h); err != nil {
-		guest.Close()
-		return nil, fmt.Errorf("pod %s: send stream header: %w", s.cfg.ID, err)
 	}
 	return guest, nil
 }

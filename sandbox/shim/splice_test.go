@@ -11,24 +11,29 @@ import (
 	guestapi "github.com/cri-vz/cri-vz/guest/api"
 )
 
-// pair is both ends of a unix socket; what is left open is closed with the test.
+// pair is both ends of a unix socket.
 func pair(t *testing.T) (a, b *net.UnixConn) {
+	dialled, accepted := ends(t, "unix", filepath.Join(t.TempDir(), "s"))
+	return dialled.(*net.UnixConn), accepted.(*net.UnixConn)
+}
+
+// ends are both ends of a connection; what is left open is closed with the test.
+func ends(t *testing.T, network, address string) (dialled, accepted net.Conn) {
 	t.Helper()
-	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	l, err := net.Listen(network, address)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	dialled, err := net.Dial("unix", l.Addr().String())
-	if err != nil {
+	if dialled, err = net.Dial(network, l.Addr().String()); err != nil {
 		t.Fatal(err)
 	}
-	accepted, err := l.Accept()
-	if err != nil {
+	t.Cleanup(func() { dialled.Close() })
+	if accepted, err = l.Accept(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { dialled.Close(); accepted.Close() })
-	return dialled.(*net.UnixConn), accepted.(*net.UnixConn)
+	t.Cleanup(func() { accepted.Close() })
+	return dialled, accepted
 }
 
 // T17: a process that ends without having read its input has still said its last

@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -20,7 +21,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	nodeapi "github.com/cri-vz/cri-vz/cri/api"
+	"github.com/cri-vz/cri-vz/sandbox"
 	"github.com/cri-vz/cri-vz/sandbox/vmm"
 	"github.com/cri-vz/cri-vz/sandbox/vmm/vmmtest"
 	"github.com/cri-vz/cri-vz/sandbox/vmm/vmmtest/traffic"
@@ -100,7 +101,12 @@ func (n *node) streams(driver vmm.Driver, guest vmmtest.Guest, kind string) (err
 	if _, err := n.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: c}); err != nil {
 		return err
 	}
-	forward := func(ctx context.Context) (io.ReadWriteCloser, error) { return n.forward(ctx, pod) }
+	f, err := n.newForwarder(ctx, pod)
+	if err != nil {
+		return err
+	}
+	defer f.l.Close()
+	forward := f.dial
 	for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		conn, err := forward(ctx)
 		if err == nil {
@@ -213,53 +219,45 @@ func throughput(ctx context.Context, dial path, streams int, move func(io.ReadWr
 
 func quotient(a, b float64) string { return fmt.Sprintf("%.2f", a/b) }
 
-// forward is one connection to the pod's port, as `cri-vz run -p` makes it.
-func (n *node) forward(ctx context.Context, pod string) (io.ReadWriteCloser, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	s, err := n.own.Forward(ctx)
-	if err == nil {
-		err = s.Send(&nodeapi.ForwardRequest{PodSandboxId: pod, Port: podPort})
-	}
-	if err == nil {
-		_, err = s.Recv()
-	}
+// forwarder makes connections to a port of a pod as `cri-vz run -p` does: it
+// listens, and hands what it accepts over to the pod's shim.
+type forwarder struct {
+	socket string
+	l      net.Listener
+}
+
+func (n *node) newForwarder(ctx context.Context, pod string) (*forwarder, error) {
+	st, err := n.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: pod, Verbose: true})
 	if err != nil {
-		cancel()
 		return nil, err
 	}
-	return &forwardConn{s: s, cancel: cancel}, nil
-}
-
-type forwardConn struct {
-	s      nodeapi.Node_ForwardClient
-	cancel context.CancelFunc
-	rest   []byte
-}
-
-func (c *forwardConn) Read(p []byte) (int, error) {
-	for len(c.rest) == 0 {
-		m, err := c.s.Recv()
-		if err != nil {
-			return 0, err
-		}
-		if m.GetEof() {
-			return 0, io.EOF
-		}
-		c.rest = m.GetData()
+	var info struct {
+		DataSocket string `json:"dataSocket"`
 	}
-	n := copy(p, c.rest)
-	c.rest = c.rest[n:]
-	return n, nil
-}
-
-func (c *forwardConn) Write(p []byte) (int, error) {
-	if err := c.s.Send(&nodeapi.ForwardRequest{Data: p}); err != nil {
-		return 0, err
+	if err := json.Unmarshal([]byte(st.GetInfo()["info"]), &info); err != nil {
+		return nil, err
 	}
-	return len(p), nil
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	return &forwarder{info.DataSocket, l}, err
 }
 
-func (c *forwardConn) Close() error { c.cancel(); return nil }
+// dial is for one caller at a time.
+func (f *forwarder) dial(ctx context.Context) (io.ReadWriteCloser, error) {
+	c, err := (&net.Dialer{}).DialContext(ctx, "tcp", f.l.Addr().String())
+	if err != nil {
+		return nil, err
+	}
+	accepted, err := f.l.Accept()
+	if err == nil {
+		err = sandbox.HandOver(ctx, f.socket, podPort, accepted.(*net.TCPConn))
+		accepted.Close()
+	}
+	if err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
 
 // weigh prints the proportional set size of an idle pod, process by process.
 func weigh(pod, kind string) error {

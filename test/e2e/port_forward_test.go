@@ -4,16 +4,22 @@ package e2e_test
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc/codes"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	nodeapi "github.com/cri-vz/cri-vz/cri/api"
+	"github.com/cri-vz/cri-vz/sandbox"
 	"github.com/cri-vz/cri-vz/test/criclient"
 )
 
@@ -94,6 +100,71 @@ func TestPortForward(t *testing.T) {
 		}
 		_, err = s.Recv()
 		wantError(t, err, codes.FailedPrecondition, "nothing listens on port 7001")
+	})
+	t.Run("handed over to the shim", func(t *testing.T) {
+		st, err := p.cri.PodSandboxStatus(timeout(t, callTimeout), &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.id, Verbose: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var info struct {
+			DataSocket string `json:"dataSocket"`
+		}
+		if err := json.Unmarshal([]byte(st.GetInfo()["info"]), &info); err != nil {
+			t.Fatal(err)
+		}
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		dial := func(port uint16) (*net.TCPConn, error) {
+			c, err := net.Dial("tcp", l.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { c.Close() })
+			_ = c.SetDeadline(time.Now().Add(callTimeout))
+			accepted, err := l.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer accepted.Close()
+			return c.(*net.TCPConn), sandbox.HandOver(timeout(t, callTimeout), info.DataSocket, port, accepted.(*net.TCPConn))
+		}
+		if _, err := dial(7001); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "nothing listens on port 7001") {
+			t.Errorf("nobody listens: %v", err)
+		}
+		// Many at once: none starves, and each gets its own bytes back. Some break off.
+		var all errgroup.Group
+		for i := range 64 {
+			c, err := dial(7000)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := bytes.Repeat([]byte{byte(i)}, 256<<10)
+			all.Go(func() error {
+				if i%8 == 7 {
+					_, _ = c.Write(want)
+					_ = c.SetLinger(0)
+					return c.Close()
+				}
+				go func() {
+					_, _ = c.Write(want)
+					_ = c.CloseWrite()
+				}()
+				got, err := io.ReadAll(c)
+				if err != nil || !bytes.Equal(got, want) {
+					return fmt.Errorf("connection %d: %d of %d bytes came back, %v", i, len(got), len(want), err)
+				}
+				return nil
+			})
+		}
+		if err := all.Wait(); err != nil {
+			t.Error(err)
+		}
+		if err := exchange(p.cri.Forward(t), request); err != nil {
+			t.Errorf("afterwards: %v", err)
+		}
 	})
 }
 

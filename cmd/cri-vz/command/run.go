@@ -18,12 +18,14 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	nodeapi "github.com/cri-vz/cri-vz/cri/api"
+	"github.com/cri-vz/cri-vz/sandbox"
 )
 
 // runNamespace is the pod namespace of what `cri-vz run` makes.
@@ -463,6 +465,7 @@ func (p published) serve(ctx context.Context, c *client, pod string, out io.Writ
 		}
 	}
 	printStep(out, "port ready", time.Since(began), fmt.Sprintf("http://localhost:%d", p.host))
+	socket := c.dataSocket(ctx, pod)
 	for _, l := range p.listeners {
 		go func() {
 			for {
@@ -470,15 +473,40 @@ func (p published) serve(ctx context.Context, c *client, pod string, out io.Writ
 				if err != nil {
 					return
 				}
-				go p.carry(ctx, c, pod, local.(*net.TCPConn), out)
+				go p.carry(ctx, c, pod, socket, local.(*net.TCPConn), out)
 			}
 		}()
 	}
 }
 
-func (p published) carry(ctx context.Context, c *client, pod string, local *net.TCPConn, out io.Writer) {
+// dataSocket is where connections to the pod's ports can be handed over, "" if the
+// daemon doesn't say.
+func (c *client) dataSocket(ctx context.Context, pod string) string {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	st, err := c.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: pod, Verbose: true})
+	var info struct {
+		DataSocket string `json:"dataSocket"`
+	}
+	if err != nil || json.Unmarshal([]byte(st.GetInfo()["info"]), &info) != nil {
+		return ""
+	}
+	return info.DataSocket
+}
+
+// carry forwards a connection. The pod's shim takes it over where its socket can be
+// had; else, as where the daemon is in another mount namespace, it goes by way of
+// the daemon.
+func (p published) carry(ctx context.Context, c *client, pod, socket string, local *net.TCPConn, out io.Writer) {
 	defer local.Close()
-	f, err := c.forward(ctx, pod, p.pod)
+	var f *forwarding
+	err := sandbox.HandOver(ctx, socket, p.pod, local)
+	if err == nil {
+		return
+	}
+	if errdefs.IsUnavailable(err) {
+		f, err = c.forward(ctx, pod, p.pod)
+	}
 	if err != nil {
 		_ = local.SetLinger(0) // a reset, not an empty answer
 		if ctx.Err() == nil {

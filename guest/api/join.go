@@ -1,22 +1,19 @@
-//go:build linux && (amd64 || arm64)
-
-package agent
+package api
 
 import (
 	"errors"
 	"io"
 	"net"
 	"sync"
-
-	"github.com/cri-vz/cri-vz/guest/api"
-	"golang.org/x/sys/unix"
+	"syscall"
+	"time"
 )
 
 // relaySizes are the buffers of one direction of a forwarded port: it has a larger
 // one while it fills the one it has. Each buffer's worth is a switch to the process
 // that it is for and one back, which is what a byte costs in a guest that is
 // emulated: with 256 KiB it is 60% of what it is with 64 KiB, more gain little.
-var relaySizes = [...]int{16 << 10, api.FrameData, 4 * api.FrameData}
+var relaySizes = [...]int{16 << 10, FrameData, 4 * FrameData}
 
 // maxLarge bounds the largest buffers of all connections, to 8 MiB.
 const maxLarge = 32
@@ -26,14 +23,22 @@ var (
 	largeSlots   = make(chan struct{}, maxLarge)
 )
 
-// join copies both ways until both have ended. An end of file of one side
-// becomes the other's; a break becomes a reset.
-func join(s *api.Stream, target *net.TCPConn) {
+// TCP is what [Join] needs of a TCP connection.
+type TCP interface {
+	net.Conn
+	CloseWrite() error
+	SetLinger(sec int) error
+}
+
+// Join copies both ways between s and target until both have ended, and closes
+// target. An end of file of one side becomes the other's; a break becomes a reset.
+// Whoever closes both ends it.
+func Join(s *Stream, target TCP) {
 	defer target.Close()
 	abort := sync.OnceFunc(func() {
 		_ = target.SetLinger(0) // close sends RST
 		target.Close()
-		_ = s.Conn().SetDeadline(past)
+		_ = s.Conn().SetDeadline(time.Unix(1, 0))
 	})
 	fail := func(err error) {
 		if err != nil {
@@ -41,20 +46,19 @@ func join(s *api.Stream, target *net.TCPConn) {
 			abort()
 		}
 	}
-	conn := direct(target)
 	var both sync.WaitGroup
 	both.Go(func() {
-		err := relay(conn, s)
+		err := relay(target, s)
 		if err == nil {
 			err = target.CloseWrite()
-			if errors.Is(err, unix.ENOTCONN) {
+			if errors.Is(err, syscall.ENOTCONN) {
 				err = nil
 			}
 		}
 		fail(err)
 	})
 	both.Go(func() {
-		err := relay(s, conn)
+		err := relay(s, target)
 		if err == nil {
 			err = s.CloseWrite()
 		}

@@ -1,6 +1,4 @@
-//go:build linux && (amd64 || arm64)
-
-package agent
+package api
 
 import (
 	"bytes"
@@ -9,18 +7,16 @@ import (
 	"io"
 	"net"
 	"os"
+	"syscall"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
-	"golang.org/x/sys/unix"
-
-	"github.com/cri-vz/cri-vz/guest/api"
 )
 
-// joined returns a stream that join has joined to a TCP connection, and that
+// joined returns a stream that Join has joined to a TCP connection, and that
 // connection's other end.
-func joined(t *testing.T) (*api.Stream, *net.TCPConn) {
+func joined(t *testing.T) (*Stream, *net.TCPConn) {
 	t.Helper()
 	before := goleak.IgnoreCurrent()
 	t.Cleanup(func() { goleak.VerifyNone(t, before) })
@@ -37,7 +33,7 @@ func joined(t *testing.T) (*api.Stream, *net.TCPConn) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -53,7 +49,7 @@ func joined(t *testing.T) (*api.Stream, *net.TCPConn) {
 	go func() {
 		defer close(done)
 		defer ends[1].Close()
-		join(api.NewStream(direct(ends[1])), target.(*net.TCPConn))
+		Join(NewStream(ends[1]), target.(*net.TCPConn))
 	}()
 	t.Cleanup(func() {
 		ends[0].Close()
@@ -61,7 +57,7 @@ func joined(t *testing.T) (*api.Stream, *net.TCPConn) {
 		select {
 		case <-done:
 		case <-time.After(10 * time.Second):
-			t.Error("join has not ended 10 s after both its ends")
+			t.Error("Join has not ended 10 s after both its ends")
 		}
 		if n := len(largeSlots); n != 0 {
 			t.Errorf("%d large buffers are still taken", n)
@@ -72,7 +68,7 @@ func joined(t *testing.T) (*api.Stream, *net.TCPConn) {
 			t.Fatal(err)
 		}
 	}
-	return api.NewStream(ends[0]), server.(*net.TCPConn)
+	return NewStream(ends[0]), server.(*net.TCPConn)
 }
 
 // Megabytes both ways at one time, then each end of file in turn.
@@ -115,7 +111,7 @@ func TestRelayPassesResetsOn(t *testing.T) {
 			t.Fatal(err)
 		}
 		server.Close()
-		var reset *api.ResetError
+		var reset *ResetError
 		if _, err := io.ReadAll(s); !errors.As(err, &reset) {
 			t.Errorf("the host reads %v, want a reset", err)
 		}
@@ -123,7 +119,7 @@ func TestRelayPassesResetsOn(t *testing.T) {
 	t.Run("of the host", func(t *testing.T) {
 		s, server := joined(t)
 		s.Close() // without an end of file
-		if _, err := io.ReadAll(server); !errors.Is(err, unix.ECONNRESET) {
+		if _, err := io.ReadAll(server); !errors.Is(err, syscall.ECONNRESET) {
 			t.Errorf("the server reads %v, want a reset", err)
 		}
 	})
