@@ -32,6 +32,7 @@ func main() {
 	flag.StringVar(&o.program, "cri-vz", "bin/cri-vz", "the program to measure")
 	flag.StringVar(&o.dir, "dir", "", "an empty directory with a short path")
 	flag.IntVar(&o.rounds, "rounds", 7, "pods per figure")
+	flag.BoolVar(&o.streams, "streams", false, "measure traffic only: the vsock device, a forwarded port, the pod's address")
 	flag.StringVar(&o.yardstick, "yardstick", "", "CRI socket of another runtime to print beside")
 	flag.StringVar(&o.yardstickImage, "yardstick-image", "registry.k8s.io/e2e-test-images/busybox:1.29-2", "an image with sleep and true that the other runtime can pull")
 	flag.Parse()
@@ -44,6 +45,7 @@ func main() {
 type options struct {
 	program, dir              string
 	rounds                    int
+	streams                   bool
 	yardstick, yardstickImage string
 }
 
@@ -81,6 +83,9 @@ func run(o options) error {
 	if last == nil {
 		return errors.New("there is no guest: run `make guest` first")
 	}
+	if o.streams {
+		return nil
+	}
 	if err := weighDaemon(o, guests, *last); err != nil {
 		return fmt.Errorf("the daemon with many pods: %w", err)
 	}
@@ -115,6 +120,10 @@ func measureKind(o options, guests string, g image.Guest, yard latency) (err err
 	if err != nil {
 		return err
 	}
+	kind := string(g.KernelKind)
+	if o.streams {
+		return node.streams(driver, guest, kind)
+	}
 	var bare []time.Duration
 	var pods latency
 	for range o.rounds {
@@ -129,7 +138,6 @@ func measureKind(o options, guests string, g image.Guest, yard latency) (err err
 		}
 		pods.add(l)
 	}
-	kind := string(g.KernelKind)
 	boot := p50(bare)
 	table("bare boot to ready, "+kind+" kernel", ms(boot), "", "")
 	table("RunPodSandbox, "+kind+" kernel", ms(p50(pods.run)), ratio(p50(pods.run), boot), "bare boot (goal: at most 1.25)")

@@ -196,6 +196,19 @@ func serveTCP() error {
 	}
 }
 
+// loopback measures what TCP carries between this process and the server; see
+// [traffic.Measure].
+func loopback(way string, streams int, bytes int64) (time.Duration, error) {
+	if err := startTCP(); err != nil {
+		return 0, err
+	}
+	move := traffic.Send
+	if way == "receive" {
+		move = traffic.Receive
+	}
+	return traffic.Measure(func() (io.ReadWriteCloser, error) { return net.Dial("tcp", tcpServer) }, streams, bytes, move)
+}
+
 // relay is the least that a forwarded port can be: it joins c to a TCP connection.
 func relay(c net.Conn) {
 	defer c.Close()
@@ -362,6 +375,14 @@ func do(word, rest string) (string, error) {
 			say("%s", more)
 		}
 		return "", nil
+	case "loopback": // loopback send|receive STREAMS BYTES: nanoseconds
+		var streams int
+		var bytes int64
+		if _, err := fmt.Sscan(more, &streams, &bytes); err != nil {
+			return "", err
+		}
+		took, err := loopback(arg, streams, bytes)
+		return strconv.FormatInt(took.Nanoseconds(), 10), err
 	case "spin": // keeps one CPU busy for good
 		go func() {
 			for n := 0; ; n++ {

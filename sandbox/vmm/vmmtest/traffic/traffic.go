@@ -8,6 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
+	"time"
 )
 
 // Requests are an operation and a number of bytes.
@@ -66,6 +68,36 @@ func Send(c io.ReadWriter, n int64) error {
 // Receive has the server send n bytes.
 func Receive(c io.ReadWriter, n int64) error {
 	return do(c, receive, n, nil, func(buf []byte) error { return discard(c, uint64(n), buf) })
+}
+
+// Measure opens streams to servers by dial, one after the other, and returns how
+// long it takes then to move bytes in all over them, in equal parts. move is Send or
+// Receive.
+func Measure(dial func() (io.ReadWriteCloser, error), streams int, bytes int64, move func(io.ReadWriter, int64) error) (time.Duration, error) {
+	conns := make([]io.ReadWriteCloser, 0, streams)
+	defer func() {
+		for _, c := range conns {
+			c.Close()
+		}
+	}()
+	for range streams {
+		c, err := dial()
+		if err != nil {
+			return 0, err
+		}
+		conns = append(conns, c)
+		if err := Ping(c); err != nil {
+			return 0, err
+		}
+	}
+	errs := make([]error, streams)
+	var all sync.WaitGroup
+	began := time.Now()
+	for i, c := range conns {
+		all.Go(func() { errs[i] = move(c, bytes/int64(streams)) })
+	}
+	all.Wait()
+	return time.Since(began), errors.Join(errs...)
 }
 
 func do(c io.ReadWriter, op byte, n int64, out, in func(buf []byte) error) error {
