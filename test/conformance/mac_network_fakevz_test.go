@@ -124,11 +124,12 @@ func hostPage(t *testing.T) (url string) {
 	return "http://" + l.Addr().String() + "/"
 }
 
-// processOf finds the one process of the suite's daemon with that command and argument.
+// processOf finds the one process of the suite's daemon with that command and argument,
+// whoever its parent is: those that outlive a daemon are no longer this process's.
 func processOf(t *testing.T, command, argument string) int {
 	t.Helper()
 	var found []int
-	for _, p := range suite.daemon.Processes() {
+	for _, p := range testnode.Processes() {
 		if args := strings.Fields(p.Command); len(args) > 2 && args[0] == suite.daemon.Bin && args[1] == command && strings.Contains(args[2], argument) {
 			found = append(found, p.PID)
 		}
