@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -299,6 +300,36 @@ func TestBootRetryAfterLateSetUp(t *testing.T) {
 	r.boot()
 	if n := len(r.driver.Machines()); n != 2 {
 		t.Errorf("%d machines", n)
+	}
+}
+
+// T7: so does a guest whose set-up was in time, but took far longer by its own clock:
+// StartContainer would fail in it, each time.
+func TestBootRetryAfterAFastClock(t *testing.T) {
+	r := newRig(t, &shimtest.Driver{FastClocks: 1}, Timeouts{})
+	r.boot()
+	if n := len(r.driver.Machines()); n != 2 {
+		t.Errorf("%d machines", n)
+	}
+	for _, c := range []struct {
+		name  string
+		nanos []int64
+		took  time.Duration
+		want  bool
+	}{
+		{"right", []int64{60e6, 30e6}, 100 * time.Millisecond, true},
+		{"short steps", []int64{90e6}, time.Millisecond, true},
+		{"15 times too fast", []int64{700e6, 600e6}, 100 * time.Millisecond, false},
+		{"nonsense", []int64{math.MaxInt64, math.MaxInt64}, time.Second, false},
+		{"negative", []int64{math.MinInt64}, time.Second, true},
+	} {
+		var steps []*guestapi.Step
+		for _, n := range c.nanos {
+			steps = append(steps, &guestapi.Step{Nanos: n})
+		}
+		if err := checkClock(steps, c.took); (err == nil) != c.want || err != nil && !errors.Is(err, errStalled) {
+			t.Errorf("%s: %v", c.name, err)
+		}
 	}
 }
 
