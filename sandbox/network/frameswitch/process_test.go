@@ -72,7 +72,8 @@ func TestProcess(t *testing.T) {
 	if err := p.Ensure(); err != nil {
 		t.Fatal(err)
 	}
-	if second := pidOf(t, p, 2); second == first {
+	second := pidOf(t, p, 2)
+	if second == first {
 		t.Fatal("the killed one serves")
 	}
 	rejoined(t, a, b)
@@ -86,6 +87,13 @@ func TestProcess(t *testing.T) {
 		}
 		if time.Now().After(end) {
 			t.Fatalf("a switch that nobody needs is still there: %v", err)
+		}
+	}
+	// Its end is waited for by who started it: this process. The race detector takes a
+	// second for it.
+	for end := time.Now().Add(10 * time.Second); !errors.Is(syscall.Kill(second, 0), syscall.ESRCH); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("a switch that has closed its socket goes on")
 		}
 	}
 }
