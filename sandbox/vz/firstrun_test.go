@@ -195,7 +195,7 @@ func TestFirstRun3LiveShare(t *testing.T) {
 }
 
 // Experiment 4, the half that needs no addresses: a NIC behind the NAT and one on a
-// cable, in this order.
+// cable, in this order. hack/two-pods is the other half.
 func TestFirstRun4TwoNICs(t *testing.T) {
 	_, cable := frames(t)
 	_, c := bootFirst(t, func(c *vmm.Config) {

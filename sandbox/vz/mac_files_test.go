@@ -195,6 +195,8 @@ case $last in
   "^TestFirstRun6Sleep\$") `+test.sixth+` ;;
   *) echo "    x.go:1: FIGURE: 42 for $last" ;;
 esac`)
+			script("path/make", `mkdir -p bin && cp tests bin/cri-vz`)
+			script("hack/two-pods", `[ -x "$1" ] && echo "FIGURE: two pods of ${1##*/}"`)
 			script("path/go", `while [ "$1" != -o ]; do shift; done; cp tests "$2"`)
 			cmd := exec.CommandContext(t.Context(), "bash", filepath.Join(top, "hack/mac-first-run"))
 			cmd.Env = append(os.Environ(), "PATH="+filepath.Join(top, "path")+":"+os.Getenv("PATH"))
@@ -204,7 +206,7 @@ esac`)
 				t.Errorf("%v, want exit status %d", err, test.exit)
 			}
 			verdict := map[string]string{"all well": "pass", "one fails": "FAIL", "not run": "not run"}[test.name]
-			for _, want := range []string{"macOS     15.1", "16 GiB", "pass      1 ", "42 for ^TestFirstRun1Boot$", "pass      5 ", verdict + strings.Repeat(" ", 10-len(verdict)) + "6 ", "42 for ^TestConformance$"} {
+			for _, want := range []string{"macOS     15.1", "16 GiB", "pass      1 ", "42 for ^TestFirstRun1Boot$", "pass        two pods", "    two pods of cri-vz", "pass      5 ", verdict + strings.Repeat(" ", 10-len(verdict)) + "6 ", "42 for ^TestConformance$"} {
 				if !strings.Contains(out, want) {
 					t.Errorf("no %q in %s", want, out)
 				}
