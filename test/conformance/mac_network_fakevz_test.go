@@ -40,10 +40,11 @@ func startNAT() (err error) {
 	return os.Setenv("FAKEVZ_NAT", "vznat")
 }
 
-// settle waits for the frame switch, which outlives the last pod by some seconds.
+// settle waits for the frame switch, which outlives the last pod by some seconds, and
+// the daemon that started it, so that it may be nobody's here.
 func settle(d *testnode.Daemon) error {
 	for end := time.Now().Add(15 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-		if !slices.ContainsFunc(d.Processes(), func(p testnode.Process) bool { return strings.HasPrefix(p.Command, d.Bin+" switch ") }) {
+		if !slices.ContainsFunc(testnode.Processes(), func(p testnode.Process) bool { return strings.HasPrefix(p.Command, d.Bin+" switch ") }) {
 			return nil
 		}
 		if time.Now().After(end) {
