@@ -177,7 +177,7 @@ func TestRun(t *testing.T) {
 		t.Errorf("left: %v", left)
 	}
 	boots.Add(1)
-	if b, err := n.cli("run", "docker.io/library/app:1", "--name", "ends", "--", "/bin/exit", "7").CombinedOutput(); !errors.As(err, &exit) || exit.ExitCode() != 7 {
+	if b, err := n.cli("run", "docker.io/library/app:1", "--name", "ends", "--", "exit", "7").CombinedOutput(); !errors.As(err, &exit) || exit.ExitCode() != 7 {
 		t.Errorf("a container that ends with 7: %v: %s", err, b)
 	}
 	if b, err := n.cli("ps", "-a").CombinedOutput(); err != nil || strings.Contains(string(b), "ends") {
