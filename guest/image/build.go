@@ -358,7 +358,7 @@ func unpackKernel(path, name, arch, dir, sum string) (kernel, error) {
 		return kernel{}, err
 	}
 	if !bytes.HasPrefix(data, []byte("!<arch>\n")) {
-		info, err := parseKernel(data, arch)
+		info, err := parseKernel(bytes.NewReader(data), arch)
 		return kernel{info: info, kernel: data}, err
 	}
 	cache := filepath.Join(dir, unpackedName(sum))
@@ -370,7 +370,7 @@ func unpackKernel(path, name, arch, dir, sum string) (kernel, error) {
 		return kernel{}, err
 	}
 	k := kernel{kernel: pkg.kernel}
-	if k.info, err = parseKernel(pkg.kernel, arch); err != nil {
+	if k.info, err = parseKernel(bytes.NewReader(pkg.kernel), arch); err != nil {
 		return kernel{}, err
 	}
 	if k.info.Format == FormatBzImage && !keepBzImage {
@@ -463,7 +463,7 @@ func readUnpacked(cache, arch string) (kernel, error) {
 	if k.kernel, err = readCapped(filepath.Join(cache, "kernel"), maxKernel); err != nil {
 		return k, err
 	}
-	if k.info, err = parseKernel(k.kernel, arch); err != nil {
+	if k.info, err = parseKernel(bytes.NewReader(k.kernel), arch); err != nil {
 		return k, err
 	}
 	k.boot, k.demand, err = chooseModules(dirSource(cache))

@@ -145,7 +145,7 @@ func FuzzKernelHeader(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		for _, arch := range []string{"amd64", "arm64"} {
-			info, err := parseKernel(data, arch)
+			info, err := parseKernel(bytes.NewReader(data), arch)
 			if err == nil && (info.Arch != arch || info.Version == "") {
 				t.Errorf("accepted %+v for %s", info, arch)
 			}
