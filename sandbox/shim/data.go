@@ -25,25 +25,37 @@ const (
 	maxStreams = 1024
 )
 
-// serveData serves the data socket until it is closed and all its connections
-// have ended.
-func (s *Shim) serveData(l net.Listener) {
+// serveConns has serve called for each connection of l, which it closes afterwards,
+// until l is closed or until is, which may be nil. It closes l then, ends the context
+// of those that are served, and returns when they have ended. Connections above
+// [maxStreams] at one time are closed.
+func (s *Shim) serveConns(l net.Listener, until <-chan struct{}, serve func(context.Context, net.Conn)) {
 	var conns sync.WaitGroup
-	slots := make(chan struct{}, maxStreams)
+	defer conns.Wait()
 	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	go func() {
+		select {
+		case <-until:
+			cancel()
+		case <-ctx.Done():
+		}
+		l.Close()
+	}()
+	slots := make(chan struct{}, maxStreams)
 	for {
 		conn, err := l.Accept()
 		if err != nil {
 			if errors.Is(err, net.ErrClosed) {
-				break
+				return
 			}
-			klog.ErrorS(err, "Accepting a stream failed", "pod", s.cfg.ID)
+			klog.ErrorS(err, "Accepting a connection failed", "pod", s.cfg.ID, "address", l.Addr())
 			select {
 			case <-time.After(50 * time.Millisecond): // EMFILE passes
 				continue
-			case <-s.stopped:
+			case <-until:
+				return
 			}
-			break
 		}
 		select {
 		case slots <- struct{}{}:
@@ -54,17 +66,15 @@ func (s *Shim) serveData(l net.Listener) {
 		conns.Go(func() {
 			defer func() { <-slots }()
 			defer conn.Close()
-			// Nothing outlives the shim's service.
-			stop := context.AfterFunc(ctx, func() { conn.Close() })
-			defer stop()
-			s.serveStream(ctx, conn)
+			serve(ctx, conn)
 		})
 	}
-	cancel()
-	conns.Wait()
 }
 
 func (s *Shim) serveStream(ctx context.Context, conn net.Conn) {
+	// Nothing outlives the shim's service.
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
 	_ = conn.SetDeadline(time.Now().Add(headerTimeout))
 	in := &headerReader{conn: conn}
 	h, err := guestapi.ReadHeader(in)

@@ -7,9 +7,7 @@ import (
 	"io"
 	"net"
 	"strconv"
-	"sync"
 	"syscall"
-	"time"
 
 	"github.com/containerd/errdefs"
 	"k8s.io/klog/v2"
@@ -43,54 +41,16 @@ func (s *Shim) publish(ctx context.Context) error {
 		listeners = append(listeners, l)
 	}
 	for i, l := range listeners {
-		s.tasks.Go(func() { s.servePort(l, s.cfg.HostPorts[i].PodPort) })
-	}
-	return nil
-}
-
-// servePort serves a host port until the VM is gone, and closes l and what came by it.
-func (s *Shim) servePort(l net.Listener, port uint16) {
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	go func() {
-		select {
-		case <-s.gone:
-		case <-ctx.Done():
-		}
-		cancel()
-		l.Close()
-	}()
-	var conns sync.WaitGroup
-	defer conns.Wait()
-	slots := make(chan struct{}, maxStreams)
-	for {
-		conn, err := l.Accept()
-		if err != nil {
-			if errors.Is(err, net.ErrClosed) {
-				return
-			}
-			klog.ErrorS(err, "Accepting a connection to a host port failed", "pod", s.cfg.ID, "address", l.Addr())
-			select {
-			case <-time.After(50 * time.Millisecond): // EMFILE passes
-				continue
-			case <-s.gone:
-				return
-			}
-		}
-		select {
-		case slots <- struct{}{}:
-		default:
-			conn.Close()
-			continue
-		}
-		conns.Go(func() {
-			defer func() { <-slots }()
-			defer conn.Close()
-			if err := s.proxy(ctx, conn.(*net.TCPConn), port); err != nil {
-				klog.V(1).InfoS("A connection to a host port ended", "pod", s.cfg.ID, "address", l.Addr(), "err", err)
-			}
+		port := s.cfg.HostPorts[i].PodPort
+		s.tasks.Go(func() {
+			s.serveConns(l, s.gone, func(ctx context.Context, conn net.Conn) {
+				if err := s.proxy(ctx, conn.(*net.TCPConn), port); err != nil {
+					klog.V(1).InfoS("A connection to a host port ended", "pod", s.cfg.ID, "address", l.Addr(), "err", err)
+				}
+			})
 		})
 	}
+	return nil
 }
 
 // proxy joins a connection to the pod's port. An end of file of one side becomes the

@@ -119,7 +119,7 @@ func serve(ctx context.Context, c Config, d vmm.Driver, tap *os.File, v volumes)
 			}
 		}
 	})
-	serving.Go(func() { s.serveData(data) })
+	serving.Go(func() { s.serveConns(data, nil, s.serveStream) })
 
 	select {
 	case <-s.stopped:
