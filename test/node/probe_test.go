@@ -53,10 +53,17 @@ spec:
 	n.run("exec", "probed", "-c", "readiness-exec", "--", "touch", "/tmp/ready")
 	n.becomes(2*time.Minute, "pod/probed", ready, "True")
 
-	n.run("exec", "probed", "-c", "startup", "--", "rm", "/tmp/alive")
-	n.becomes(2*time.Minute, "pod/probed", restarts, "liveness-http=0 liveness-tcp=0 readiness-exec=0 startup=1")
-	n.want("reason of the restart", n.get("pod/probed", `{.status.containerStatuses[?(@.name=="startup")].lastState.terminated.exitCode}`), "137")
-	n.waitFor("condition=Ready", "pod/probed")
+	// A kubelet that collects garbage, once a minute, takes a container that is created
+	// and not yet started for a dead one, and removes the one that died before it:
+	// then there is no last state, and it takes another restart.
+	code := ""
+	for restart := 1; code == "" && restart <= 3; restart++ {
+		n.run("exec", "probed", "-c", "startup", "--", "rm", "/tmp/alive")
+		n.becomes(2*time.Minute, "pod/probed", restarts, fmt.Sprintf("liveness-http=0 liveness-tcp=0 readiness-exec=0 startup=%d", restart))
+		code = n.get("pod/probed", `{.status.containerStatuses[?(@.name=="startup")].lastState.terminated.exitCode}`)
+		n.waitFor("condition=Ready", "pod/probed")
+	}
+	n.want("reason of the restart", code, "137")
 }
 
 // A server whose port is closed is restarted by its liveness probes.
