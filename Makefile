@@ -86,7 +86,7 @@ test-vm:
 
 test-node: setup guest ## a kubelet and a control plane on cri-vz; builds them once, some 10 minutes
 	bin=$$(test/node/kubernetes/build); \
-	  $(SUDO) hack/real-root env KUBERNETES_BIN="$$bin" go test -count 1 -timeout 60m -parallel 4 -v ./test/node
+	  $(SUDO) hack/real-root env KUBERNETES_BIN="$$bin" go test -count 1 -timeout 60m -parallel 3 -v ./test/node
 
 test-long: test ## what does not fit into CI's 20 minutes: fuzzing, arm64, repeats
 	$(SUDO) hack/real-root hack/test-long
