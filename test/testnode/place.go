@@ -122,7 +122,7 @@ func WaitAndReap(cmd *exec.Cmd) error {
 			select {
 			case <-stop:
 				return
-			case <-time.After(20 * time.Millisecond):
+			case <-time.After(200 * time.Millisecond):
 			}
 			for _, p := range Processes() {
 				if p.Parent == os.Getpid() && p.PID != cmd.Process.Pid && p.State == 'Z' {
