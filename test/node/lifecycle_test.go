@@ -65,7 +65,7 @@ metadata: {name: crash}
 spec:
   terminationGracePeriodSeconds: 1
   containers:
-  - {name: main, image: IMAGE, command: [sh, -c, "echo run; sleep 0.5; exit 3"]}
+  - {name: main, image: IMAGE, command: [sh, -c, "echo run; sleep 6; exit 3"]}
 `)
 	const restarts = 5
 	starts := map[int]time.Time{} // by the number of restarts before
@@ -102,12 +102,15 @@ spec:
 			t.Errorf("restart %d came after %v, want at least %v", i, delay, least)
 		}
 	}
-	n.becomes(time.Minute, "pod/crash", "{.status.containerStatuses[0].lastState.terminated.exitCode}", "3")
-	// A kubelet forgets the run before last as soon as there is a new one, so that an
-	// answer can be about a container that is just gone.
-	n.eventually(time.Minute, "log of the run before", func() error {
+	// While the container runs the run before is there. When it has ended the kubelet
+	// keeps that one alone, and the pod's status names the one before until the delay
+	// is over: what isn't seen of this run can be seen of the next.
+	n.eventually(5*time.Minute, "end and log of the run before", func() error {
+		if got := n.get("pod/crash", "{.status.containerStatuses[0].lastState.terminated.exitCode}"); got != "3" {
+			return fmt.Errorf("it ended with %q", got)
+		}
 		if got := n.run("logs", "--previous", "crash"); got != "run\n" {
-			return fmt.Errorf("got %q", got)
+			return fmt.Errorf("its log is %q", got)
 		}
 		return nil
 	})
