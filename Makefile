@@ -80,7 +80,7 @@ test-unit:
 test-vm:
 	$(SUDO) hack/real-root hack/with-fakevz hack/test-vm -skip '^TestFirstRun[14]' -coverprofile bin/vz.cover ./sandbox/vz
 	go run ./hack/coverage -least 85 -list sandbox/vz/uncovered.txt bin/vz.cover
-	$(SUDO) hack/real-root hack/with-fakevz hack/test-vm -run OnVZ ./sandbox
+	$(SUDO) hack/real-root hack/with-fakevz hack/test-vm -run TestPodOnVZ ./sandbox
 	$(SUDO) hack/real-root hack/with-fakevz hack/test-vm -run '$(MAC_TESTS)' ./test/conformance
 	$(SUDO) hack/real-root hack/test-vm $(VM_PACKAGES)
 
