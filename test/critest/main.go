@@ -92,10 +92,10 @@ func prepare(o options) (clean func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	clean = func() { os.RemoveAll(dir) }
+	remove := func() { os.RemoveAll(dir) }
 	defer func() {
 		if err != nil {
-			clean()
+			remove()
 		}
 	}()
 	if err := os.MkdirAll(o.out, 0o755); err != nil {
@@ -113,7 +113,7 @@ func prepare(o options) (clean func(), err error) {
 		}
 	}
 	if o.endpoint != "" {
-		return clean, nil
+		return remove, nil
 	}
 	relay := filepath.Join(dir, "registry")
 	l, err := net.Listen("unix", relay)
@@ -121,7 +121,7 @@ func prepare(o options) (clean func(), err error) {
 		return nil, err
 	}
 	go forward(l, "tcp", strings.TrimSuffix(strings.TrimPrefix(o.registry, "http://"), "/"))
-	return clean, os.Setenv(relayEnv, relay)
+	return remove, os.Setenv(relayEnv, relay)
 }
 
 // forward connects who connects to l with an address, until the process ends.
