@@ -26,8 +26,8 @@ STAND_IN        := test/fakevz=github.com/Code-Hex/vz/v3
 # Packages whose tests boot VMs run one at a time: a boot takes a whole core. The race
 # detector looks at those that run the project's code in their own process; the other
 # ones are clients of programs.
-VM_RACED    := ./guest/image ./sandbox/qemu ./sandbox
-VM_PACKAGES := $(VM_RACED) ./test/guest ./test/e2e ./test/conformance
+VM_RACED    := ./guest/image ./sandbox/qemu ./test/guest ./sandbox
+VM_PACKAGES := $(VM_RACED) ./test/e2e ./test/conformance
 UNIT_PACKAGES = $(filter-out $(VM_PACKAGES:.%=github.com/cri-vz/cri-vz%) %/test/node,$(shell go list ./... | grep -v /hack/))
 
 .PHONY: build agent guest setup demo check lint test test-unit test-vm test-node test-long critest bench kernel clean

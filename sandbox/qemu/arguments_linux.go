@@ -41,12 +41,14 @@ func newArguments(m *machine, inherit func(*os.File) int) *arguments {
 		a.add("-bios", "qboot.rom")
 	}
 	cmdline := "console=" + p.console
-	if khz := tscKHz(); khz != 0 && m.accel == AccelTCG && c.Arch == "amd64" {
+	if m.accel == AccelTCG && c.Arch == "amd64" {
 		// An emulated guest sees the host's own counter, and its kernel would time that
 		// with an emulated chip. While the host gave it no processor it missed most of
 		// the chip's time: the guest's clock ran 10 to 80 times too fast, each bound in
 		// it ran out early, and no container started (T7).
-		cmdline += fmt.Sprintf(" tsc_early_khz=%d", khz)
+		if khz := tscKHz(); khz != 0 {
+			cmdline += fmt.Sprintf(" tsc_early_khz=%d", khz)
+		}
 	}
 	a.add("-kernel", procFD(inherit(m.boot.kernel)), "-append", strings.TrimSpace(cmdline+" "+c.Cmdline))
 	if m.boot.initrd != nil {
