@@ -40,7 +40,7 @@ func TestPod(t *testing.T) {
 				}
 			}
 			t.Logf("features: %v, memory %d", hello.Features, hello.MemoryBytes)
-			v.serve("main", layers)
+			v.serve("main", "3000", layers)
 			for _, c := range []struct {
 				name string
 				test func(*testing.T, *vm, []string)
@@ -92,12 +92,12 @@ func TestPod(t *testing.T) {
 }
 
 // serve starts a container that listens on port 3000 and stays.
-func (v *vm) serve(id string, layers []string) {
+func (v *vm) serve(id, port string, layers []string) {
 	v.t.Helper()
 	start := time.Now()
 	if _, err := v.create(&api.CreateContainerRequest{
 		Id: id, Layers: layers, PidMode: api.NamespaceMode_CONTAINER, User: &api.User{Name: "alice"},
-	}, spec("serve", "3000")); err != nil {
+	}, spec("serve", port)); err != nil {
 		v.t.Fatal(err)
 	}
 	v.t.Logf("create: %v", time.Since(start))
@@ -749,6 +749,7 @@ func testDevices(t *testing.T, v *vm, layers []string) {
 }
 
 func testStats(t *testing.T, v *vm, layers []string) {
+	v.serve("serves", "3001", layers)
 	s := spec("flood", "3")
 	s.Process.Args = []string{"/probe", "write", "/written", strings.Repeat("x", 100_000)}
 	if _, err := v.create(request("writes", layers), s); err != nil {
@@ -765,11 +766,11 @@ func testStats(t *testing.T, v *vm, layers []string) {
 		t.Fatal(err)
 	}
 	t.Logf("%v", stats)
-	found := false
+	found := 0
 	for _, c := range stats.Containers {
 		switch c.Id {
 		case "writes":
-			found = true
+			found++
 			if c.WritableBytes < 100_000 || c.WritableBytes > 200_000 {
 				t.Errorf("%d writable bytes, want about 100000", c.WritableBytes)
 			}
@@ -777,20 +778,26 @@ func testStats(t *testing.T, v *vm, layers []string) {
 			if c.CpuUsageNanos == 0 || c.MemoryWorkingSetBytes == 0 || c.Pids == 0 || len(c.Pressure) == 0 {
 				t.Errorf("empty figures: %v", c)
 			}
-			// Of each of its processes: streams, what it listens on, and what Go's runtime
-			// has open.
-			if c.Files < 4 || c.Files > 20*c.Processes || c.Sockets == 0 || c.Sockets >= c.Files || c.FilesLimit == 0 || c.MemoryKernelBytes == 0 {
+			if c.Files < 4 || c.Sockets == 0 || c.Sockets >= c.Files || c.FilesLimit == 0 || c.MemoryKernelBytes == 0 {
 				t.Errorf("files, sockets, the limit of both or the kernel's memory: %v", c)
+			}
+		case "serves":
+			found++
+			// Streams, what it listens on, and what Go's runtime has open. Nobody has
+			// connected: a server that was busy keeps pipes for a while.
+			if c.Processes != 1 || c.Files < 4 || c.Files > 20 || c.Sockets != 1 {
+				t.Errorf("processes, files or sockets: %v", c)
 			}
 		}
 	}
 	if p := stats.Pod; p.Files == 0 || stats.ScratchInodes == 0 || stats.ScratchInodesFree == 0 || stats.ScratchInodesFree >= stats.ScratchInodes {
 		t.Errorf("files of the pod %v, inodes %d, free %d", p, stats.ScratchInodes, stats.ScratchInodesFree)
 	}
-	if !found || len(stats.Interfaces) != 1 || stats.Interfaces[0].Name != "eth0" {
+	if found != 2 || len(stats.Interfaces) != 1 || stats.Interfaces[0].Name != "eth0" {
 		t.Errorf("containers or interfaces missing: %v", stats)
 	}
 	v.remove("writes")
+	v.remove("serves")
 }
 
 // testNothingLeft: after all that, the guest holds what one container needs
