@@ -176,14 +176,6 @@ func (a *Agent) pod() (*sandbox, error) {
 	return a.sandbox, nil
 }
 
-func (a *Agent) netns() (int, error) {
-	s, err := a.pod()
-	if err != nil {
-		return -1, err
-	}
-	return int(s.netns.Fd()), nil
-}
-
 // container finds a container.
 func (a *Agent) container(id string) (*ctr, error) {
 	a.mu.Lock()

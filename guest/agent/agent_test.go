@@ -515,12 +515,12 @@ func TestPortForward(t *testing.T) {
 	if !errors.As(err, &refused) || refused.Reason != "nothing listens on port 8080 of the pod" {
 		t.Errorf("got %v", err)
 	}
-	netns, err := h.netns()
+	sb, err := h.pod()
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, domain := range []int{unix.AF_INET, unix.AF_INET6} {
-		fd, err := socketIn(netns, domain, unix.SOCK_STREAM, 0)
+		fd, err := socketIn(int(sb.netns.Fd()), domain, unix.SOCK_STREAM, 0)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -58,7 +58,6 @@ var (
 		{step{"sandbox can be set up", func(b *bootState) error { close(b.networked); return nil }}, ""},
 		{step{"sandbox set-up", awaitSetUp}, ""},
 		{step{"modules", loadRest}, ""},
-		{step{"loopback", func(*bootState) error { return setLoopback() }}, ""},
 		{step{"cgroups", mountCgroups}, "cgroup"},
 		{step{"scratch disk", mountScratch}, "scratch"},
 		{step{"layers", mountLayersShare}, "layers"},

@@ -28,7 +28,7 @@ type dhcp struct {
 
 // startDHCP leases the address of the i-th interface and writes into the request and
 // the setup what the host would have said of an address that it gave out itself. The
-// NIC is still in the guest's own network namespace, where no container is.
+// NIC is in the guest's own network namespace, and no container is there yet.
 //
 // The subnet is on two links where there is a second NIC for the other pods: the
 // host's NAT lets a machine reach nobody but the host. Then the gateway has a route

@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// podInterface is a NIC that PID 1 has moved into the pod's namespace.
+// podInterface is a NIC in the pod's network namespace.
 type podInterface struct {
 	Index     int            `json:"index"`
 	Name      string         `json:"name"`

@@ -44,16 +44,19 @@ type podReply struct {
 	err   error
 }
 
-// startPodInit forks pod-init from the binary at exe into new namespaces: network,
-// IPC and UTS ones, a pid one if shared, and a user one, which owns the others, if
-// ids are mapped.
-func startPodInit(r *reaper, exe string, sharedPID bool, ids *idMaps) (*podClient, error) {
+// startPodInit forks pod-init from the binary at exe into new namespaces: IPC and UTS
+// ones, a network one if ownNet, a pid one if shared, and a user one, which owns the
+// others, if ids are mapped.
+func startPodInit(r *reaper, exe string, ownNet, sharedPID bool, ids *idMaps) (*podClient, error) {
 	conn, child, err := packetPair()
 	if err != nil {
 		return nil, err
 	}
 	defer child.Close()
-	flags := uintptr(unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS)
+	flags := uintptr(unix.CLONE_NEWIPC | unix.CLONE_NEWUTS)
+	if ownNet {
+		flags |= unix.CLONE_NEWNET
+	}
 	if sharedPID {
 		flags |= unix.CLONE_NEWPID
 	}
