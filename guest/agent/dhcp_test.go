@@ -105,7 +105,7 @@ func onCable(t *testing.T) (s *natnet.Server, d *dhcpLink, configure func(*lease
 	return s, d, func(l *lease) {
 		t.Helper()
 		if err := inNetns(client, func() error {
-			return errors.Join(addAddress(nic.Index, l.address), addRoute(podRoute{Destination: l.address.Masked(), Interface: "nic", Source: l.address.Addr()}))
+			return errors.Join(addAddress(nic.Index, l.address), addRoute(podRoute{Destination: l.address.Masked(), Source: l.address.Addr()}, nic.Index))
 		}); err != nil {
 			t.Fatal(err)
 		}

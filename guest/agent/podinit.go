@@ -129,7 +129,7 @@ func (p *podInit) setup(m *message) {
 		return os.NewSyscallError("sethostname", unix.Sethostname([]byte(m.Setup.Hostname)))
 	})
 	s.run("interfaces", func() error { return setUpInterfaces(m.Setup.Interfaces) })
-	s.run("routes", func() error { return setUpRoutes(m.Setup.Routes) })
+	s.run("routes", func() error { return setUpRoutes(m.Setup.Routes, m.Setup.Interfaces) })
 	s.run("sysctls", func() error { return setSysctls("/proc/sys", m.Setup.Sysctls) })
 	p.reply(m.Seq, s.steps, s.err)
 }
