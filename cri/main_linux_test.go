@@ -170,10 +170,14 @@ type testNetwork struct {
 	up map[string]bool
 }
 
-func (n *testNetwork) SetUp(_ context.Context, p network.Pod) (*network.Result, error) {
+func (n *testNetwork) Prepare(_ context.Context, p network.Pod) (*network.NIC, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.up[p.ID] = true
+	return nil, nil
+}
+
+func (n *testNetwork) SetUp(context.Context, string) (*network.Result, error) {
 	return &network.Result{Interface: "eth0", Addresses: []netip.Prefix{netip.MustParsePrefix("192.0.2.7/24")}}, nil
 }
 

@@ -438,22 +438,31 @@ func self(t testing.TB) string {
 
 // fakeNetwork gives no address and remembers who has one.
 type fakeNetwork struct {
-	mu   sync.Mutex
-	up   map[string]bool
-	fail error // of SetUp
-	down error // of TearDown
-	none bool  // no address
+	mu     sync.Mutex
+	up     map[string]bool
+	refuse error // of Prepare
+	fail   error // of SetUp
+	down   error // of TearDown
+	none   bool  // no address
 	// bound is how long the latest TearDown might have taken.
 	bound time.Duration
 }
 
-func (n *fakeNetwork) SetUp(_ context.Context, p network.Pod) (*network.Result, error) {
+func (n *fakeNetwork) Prepare(_ context.Context, p network.Pod) (*network.NIC, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.refuse != nil {
+		return nil, n.refuse
+	}
+	n.up[p.ID] = true
+	return nil, nil
+}
+func (n *fakeNetwork) SetUp(context.Context, string) (*network.Result, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.fail != nil {
 		return nil, n.fail
 	}
-	n.up[p.ID] = true
 	if n.none {
 		return &network.Result{Interface: "eth0"}, nil
 	}

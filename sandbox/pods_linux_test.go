@@ -87,6 +87,7 @@ func TestRunUndoes(t *testing.T) {
 		want   string
 	}{
 		{"network", func(o *Options) { o.Network.(*fakeNetwork).fail = errors.New("no address left") }, "network: no address left"},
+		{"NIC", func(o *Options) { o.Network.(*fakeNetwork).refuse = errors.New("no such plugin") }, "NIC: no such plugin"},
 		{"no address (T42)", func(o *Options) { o.Network.(*fakeNetwork).none = true }, "network: the pod got no address"},
 		{"scratch", func(o *Options) {
 			o.Scratch = func(string) error { return syscall.ENOSPC }
@@ -111,6 +112,21 @@ func TestRunUndoes(t *testing.T) {
 			}
 			e.checkNothingLeft()
 		})
+	}
+}
+
+// The network is made while the kernel boots.
+func TestRunConnectsDuringTheBoot(t *testing.T) {
+	e := newFakeEnv(t)
+	var order []string
+	for _, s := range e.run("p").Status().Steps {
+		if !strings.HasPrefix(s.Name, "guest: ") {
+			order = append(order, s.Name)
+		}
+	}
+	want := "record, cgroup, NIC, scratch disk, shim, vm start, network, kernel and agent, sandbox set-up"
+	if got := strings.Join(order, ", "); !strings.HasPrefix(got, want) {
+		t.Errorf("steps %s; want %s", got, want)
 	}
 }
 

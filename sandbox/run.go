@@ -19,6 +19,7 @@ import (
 	"k8s.io/klog/v2"
 
 	guestapi "github.com/cri-vz/cri-vz/guest/api"
+	"github.com/cri-vz/cri-vz/sandbox/network"
 	"github.com/cri-vz/cri-vz/sandbox/shim"
 	shimapi "github.com/cri-vz/cri-vz/sandbox/shim/api"
 )
@@ -69,7 +70,8 @@ func (p *Pods) start(ctx context.Context, pod *Pod, memory int64) (err error) {
 	dir, run, rec := pod.dir, pod.run, pod.rec
 	cfg := rec.config
 	st := &starter{pod: pod.id, progress: pod.progress}
-	kept := false // the console of a start that failed
+	kept := false        // the console of a start that failed
+	unconnected := false // by the network, of which a console says nothing
 	defer func() {
 		if err == nil {
 			return
@@ -112,7 +114,7 @@ func (p *Pods) start(ctx context.Context, pod *Pod, memory int64) (err error) {
 		}
 		return rec.write(dir)
 	}, func(context.Context) error {
-		kept = p.keepConsole(pod)
+		kept = !unconnected && p.keepConsole(pod)
 		return removeFiles(dir, run)
 	}); err != nil {
 		return err
@@ -125,11 +127,9 @@ func (p *Pods) start(ctx context.Context, pod *Pod, memory int64) (err error) {
 		return err
 	}
 
-	if err := st.step(ctx, "network", func(ctx context.Context) (err error) {
-		rec.Network, err = p.o.Network.SetUp(ctx, networkPod(pod.id, cfg))
-		if err == nil && !rec.Network.DHCP && len(addresses(rec.Network)) == 0 { // T42
-			err = fmt.Errorf("the pod got no address: %w", errdefs.ErrFailedPrecondition)
-		}
+	var nic *network.NIC
+	if err := st.step(ctx, "NIC", func(ctx context.Context) (err error) {
+		nic, err = p.o.Network.Prepare(ctx, networkPod(pod.id, cfg))
 		return err
 	}, pod.tearDownNetwork); err != nil {
 		return err
@@ -142,13 +142,31 @@ func (p *Pods) start(ctx context.Context, pod *Pod, memory int64) (err error) {
 	}
 
 	if err := st.step(ctx, "shim", func(ctx context.Context) error {
-		return p.startShim(ctx, pod, memory)
+		return p.startShim(ctx, pod, memory, nic)
 	}, func(ctx context.Context) error { return pod.killShim(ctx) }); err != nil {
 		return err
 	}
 
+	client, booted, err := p.startMachine(ctx, pod)
+	if err != nil {
+		return err
+	}
+	defer booted()
+
+	// The guest needs the network last, so that it is made while the kernel boots.
+	if err := st.step(ctx, "network", func(ctx context.Context) (err error) {
+		rec.Network, err = p.o.Network.SetUp(ctx, pod.id)
+		if err == nil && !rec.Network.DHCP && len(addresses(rec.Network)) == 0 { // T42
+			err = fmt.Errorf("the pod got no address: %w", errdefs.ErrFailedPrecondition)
+		}
+		unconnected = err != nil
+		return err
+	}, nil); err != nil {
+		return err
+	}
+
 	// Not a step of its own: the shim's steps are, and its error names one.
-	if err := p.boot(ctx, pod); err != nil {
+	if err := p.boot(ctx, pod, client, nic); err != nil {
 		return err
 	}
 
@@ -197,7 +215,7 @@ func (p *Pods) admit(bytes int64) (release func(), err error) {
 }
 
 // startShim runs the pod's shim and connects to it.
-func (p *Pods) startShim(ctx context.Context, pod *Pod, memory int64) error {
+func (p *Pods) startShim(ctx context.Context, pod *Pod, memory int64, nic *network.NIC) error {
 	rec := pod.rec
 	locate := p.o.Guest
 	if own := p.o.Classes[rec.Handler].Guest; own != nil {
@@ -222,7 +240,7 @@ func (p *Pods) startShim(ctx context.Context, pod *Pod, memory int64) error {
 			f.Close()
 		}
 	}()
-	if n := rec.Network; n != nil && n.MAC != "" {
+	if nic != nil {
 		tap, err := p.o.Network.OpenTap(pod.id)
 		if err != nil {
 			return fmt.Errorf("open tap: %w", err)
@@ -231,12 +249,12 @@ func (p *Pods) startShim(ctx context.Context, pod *Pod, memory int64) error {
 			inherit = append(inherit, tap)
 			c.TapFD = 2 + len(inherit)
 		}
-		c.MAC, c.MTU = n.MAC, n.MTU
-		for _, m := range n.HostPorts {
+		c.MAC, c.MTU = nic.MAC, nic.MTU
+		for _, m := range nic.HostPorts {
 			c.HostPorts = append(c.HostPorts, shim.HostPort{Address: m.HostIP, Port: uint16(m.HostPort), PodPort: uint16(m.ContainerPort)})
 		}
-		if n.Switch != nil {
-			c.SwitchSocket, c.SwitchMAC = n.Switch.Socket, n.Switch.MAC
+		if nic.Switch != nil {
+			c.SwitchSocket, c.SwitchMAC = nic.Switch.Socket, nic.Switch.MAC
 		}
 	}
 	if mounts, root, err := hostMounts(); err != nil {
@@ -297,27 +315,39 @@ func (p *Pods) startShim(ctx context.Context, pod *Pod, memory int64) error {
 	}
 }
 
-// boot has the shim boot the VM; as many at one time as Options.Boots.
-func (p *Pods) boot(ctx context.Context, pod *Pod) error {
+// startMachine has the shim start the VM. As many as Options.Boots are between this and
+// booted at one time.
+func (p *Pods) startMachine(ctx context.Context, pod *Pod) (_ *client, booted func(), err error) {
 	start := time.Now()
 	select {
 	case p.boots <- struct{}{}:
-		defer func() { <-p.boots }()
+		booted = func() { <-p.boots }
 	case <-ctx.Done():
-		return fmt.Errorf("vm start: waited %v for other boots to end: %w", time.Since(start).Round(time.Millisecond), ctx.Err())
+		return nil, nil, fmt.Errorf("vm start: waited %v for other boots to end: %w", time.Since(start).Round(time.Millisecond), ctx.Err())
 	case <-p.closing:
-		return fmt.Errorf("vm start: %w", errClosed)
+		return nil, nil, fmt.Errorf("vm start: %w", errClosed)
 	}
 	if d := time.Since(start); d > 50*time.Millisecond {
 		pod.progress.add(Step{Name: "wait for other boots", Nanos: int64(d)})
 	}
-	setUp, err := sandboxSetUp(p.o.Classes[pod.rec.Handler], pod.rec.config, pod.rec.Network)
+	client, err := pod.shimClient()
+	var resp *shimapi.StartMachineResponse
+	if err == nil {
+		resp, err = ask(ctx, client.StartMachine, &shimapi.StartMachineRequest{})
+	}
+	if err != nil {
+		booted()
+		return nil, nil, fmt.Errorf("boot: %w", err)
+	}
+	pod.progress.addShim(resp.GetSteps())
+	return client, booted, nil
+}
+
+// boot has the shim wait for the guest and set up the sandbox.
+func (p *Pods) boot(ctx context.Context, pod *Pod, client *client, nic *network.NIC) error {
+	setUp, err := sandboxSetUp(p.o.Classes[pod.rec.Handler], pod.rec.config, nic, pod.rec.Network)
 	if err != nil {
 		return fmt.Errorf("sandbox set-up: %w", err)
-	}
-	client, err := pod.shimClient()
-	if err != nil {
-		return err
 	}
 	resp, err := ask(ctx, client.Boot, &shimapi.BootRequest{Sandbox: setUp})
 	if err != nil {

@@ -94,7 +94,9 @@ type Guest struct {
 
 // Network is what pods need of [network.Network].
 type Network interface {
-	SetUp(ctx context.Context, pod network.Pod) (*network.Result, error)
+	// Prepare may return nil: the pod's machine gets no NIC.
+	Prepare(ctx context.Context, pod network.Pod) (*network.NIC, error)
+	SetUp(ctx context.Context, podID string) (*network.Result, error)
 	OpenTap(podID string) (*os.File, error)
 	TearDown(ctx context.Context, podID string) error
 	Pods() ([]string, error)

@@ -99,8 +99,8 @@ func Hostname(cfg *runtimeapi.PodSandboxConfig) string {
 	return name[:min(len(name), 63)]
 }
 
-// sandboxSetUp is what the agent needs to know of the pod.
-func sandboxSetUp(c Class, cfg *runtimeapi.PodSandboxConfig, net *network.Result) (*guestapi.SetUpSandboxRequest, error) {
+// sandboxSetUp is what the agent needs to know of the pod; nic may be nil.
+func sandboxSetUp(c Class, cfg *runtimeapi.PodSandboxConfig, nic *network.NIC, net *network.Result) (*guestapi.SetUpSandboxRequest, error) {
 	sec := cfg.GetLinux().GetSecurityContext()
 	ns := sec.GetNamespaceOptions()
 	req := &guestapi.SetUpSandboxRequest{
@@ -127,15 +127,18 @@ func sandboxSetUp(c Class, cfg *runtimeapi.PodSandboxConfig, net *network.Result
 	} else {
 		return nil, fmt.Errorf("the host's name servers: %w", err)
 	}
-	if net == nil {
+	if nic == nil {
 		return req, nil
 	}
-	iface := &guestapi.Interface{Name: net.Interface, Mac: net.MAC, Mtu: uint32(net.MTU), Dhcp: net.DHCP}
+	iface := &guestapi.Interface{Name: net.Interface, Mac: nic.MAC, Mtu: uint32(net.MTU), Dhcp: net.DHCP}
+	if net.MAC != nic.MAC {
+		iface.SetMac = net.MAC
+	}
 	for _, a := range net.Addresses {
 		iface.Addresses = append(iface.Addresses, a.String())
 	}
 	req.Interfaces = []*guestapi.Interface{iface}
-	if s := net.Switch; s != nil {
+	if s := nic.Switch; s != nil {
 		req.Interfaces = append(req.Interfaces, &guestapi.Interface{Name: network.SwitchName, Mac: s.MAC, Mtu: uint32(net.MTU), DhcpPeers: true})
 	}
 	for _, r := range net.Routes {

@@ -19,12 +19,13 @@ import (
 
 // podInterface is a NIC in the pod's network namespace.
 type podInterface struct {
-	Index     int            `json:"index"`
-	Name      string         `json:"name"`
-	MTU       uint32         `json:"mtu,omitempty"`
-	Addresses []netip.Prefix `json:"addresses,omitempty"`
+	Index     int              `json:"index"`
+	Name      string           `json:"name"`
+	SetMAC    net.HardwareAddr `json:"setMAC,omitempty"`
+	MTU       uint32           `json:"mtu,omitempty"`
+	Addresses []netip.Prefix   `json:"addresses,omitempty"`
 
-	mac net.HardwareAddr // PID 1's
+	mac net.HardwareAddr // PID 1's: what it was found by
 }
 
 // podRoute has an invalid Gateway for a destination that is on the link.
@@ -96,8 +97,11 @@ func setUpInterfaces(interfaces []podInterface) error {
 		if i.MTU != 0 {
 			attrs = append(attrs, attr32(unix.IFLA_MTU, i.MTU)...)
 		}
+		if i.SetMAC != nil {
+			attrs = append(attrs, attribute(unix.IFLA_ADDRESS, i.SetMAC)...)
+		}
 		if err := setLink(i.Index, 0, attrs); err != nil {
-			return fmt.Errorf("interface %s: set name and MTU %d: %w", i.Name, i.MTU, err)
+			return fmt.Errorf("interface %s: set name, MTU %d and MAC %q: %w", i.Name, i.MTU, i.SetMAC, err)
 		}
 		// Addresses first: the link comes up with them, and IPv6 makes none of
 		// its own before accept_ra could be turned off by a sysctl.

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -154,6 +155,13 @@ func parseSetup(r *api.SetUpSandboxRequest, ids *idMaps) (*podSetup, error) {
 		}
 		if len(p.Name) >= unix.IFNAMSIZ || p.Name == "lo" || strings.ContainsAny(p.Name, "/ \x00") {
 			return nil, invalidf("interface name %q", in.Name)
+		}
+		if in.SetMac != "" {
+			mac, err := net.ParseMAC(in.SetMac)
+			if err != nil || len(mac) != 6 {
+				return nil, invalidf("interface %s: MAC %q", p.Name, in.SetMac)
+			}
+			p.SetMAC = mac
 		}
 		for _, text := range in.Addresses {
 			a, err := netip.ParsePrefix(text)

@@ -469,7 +469,8 @@ type Interface struct {
 	Dhcp bool `protobuf:"varint,5,opt,name=dhcp,proto3" json:"dhcp,omitempty"`
 	// The rest of the subnet of the interface with dhcp is on this link, which has no
 	// address of its own.
-	DhcpPeers     bool `protobuf:"varint,6,opt,name=dhcp_peers,json=dhcpPeers,proto3" json:"dhcp_peers,omitempty"`
+	DhcpPeers     bool   `protobuf:"varint,6,opt,name=dhcp_peers,json=dhcpPeers,proto3" json:"dhcp_peers,omitempty"`
+	SetMac        string `protobuf:"bytes,7,opt,name=set_mac,json=setMac,proto3" json:"set_mac,omitempty"` // the NIC takes this MAC; empty: it keeps its own
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -544,6 +545,13 @@ func (x *Interface) GetDhcpPeers() bool {
 		return x.DhcpPeers
 	}
 	return false
+}
+
+func (x *Interface) GetSetMac() string {
+	if x != nil {
+		return x.SetMac
+	}
+	return ""
 }
 
 // Lease is what a DHCP server granted.
@@ -3079,7 +3087,7 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"\bpids_max\x18\x14 \x01(\x03R\apidsMax\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x94\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xad\x01\n" +
 	"\tInterface\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x10\n" +
@@ -3087,7 +3095,8 @@ const file_guest_api_agent_proto_rawDesc = "" +
 	"\taddresses\x18\x04 \x03(\tR\taddresses\x12\x12\n" +
 	"\x04dhcp\x18\x05 \x01(\bR\x04dhcp\x12\x1d\n" +
 	"\n" +
-	"dhcp_peers\x18\x06 \x01(\bR\tdhcpPeers\"U\n" +
+	"dhcp_peers\x18\x06 \x01(\bR\tdhcpPeers\x12\x17\n" +
+	"\aset_mac\x18\a \x01(\tR\x06setMac\"U\n" +
 	"\x05Lease\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x18\n" +
 	"\agateway\x18\x02 \x01(\tR\agateway\x12\x18\n" +

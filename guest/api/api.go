@@ -11,7 +11,7 @@ package api
 // Version is this API's version. A host drives agents of the same version; the
 // initramfs that carries the agent is chosen by the host, so the two only
 // differ when someone mixed files of two builds.
-const Version = 1
+const Version = 2
 
 // vsock ports of the agent.
 const (

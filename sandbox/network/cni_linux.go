@@ -324,6 +324,7 @@ type record struct {
 	Schema     int               `json:"schema"`
 	Pod        Pod               `json:"pod"`
 	Network    string            `json:"network"`
+	Source     string            `json:"source,omitempty"` // for error messages
 	CNIVersion string            `json:"cniVersion"`
 	Plugins    []json.RawMessage `json:"plugins"`
 }
@@ -331,7 +332,7 @@ type record struct {
 const recordSchema = 1
 
 func newRecord(pod Pod, w *network) *record {
-	r := &record{Schema: recordSchema, Pod: pod, Network: w.list.Name, CNIVersion: w.list.CNIVersion}
+	r := &record{Schema: recordSchema, Pod: pod, Network: w.list.Name, Source: w.source, CNIVersion: w.list.CNIVersion}
 	for _, p := range w.list.Plugins {
 		r.Plugins = append(r.Plugins, p.Bytes)
 	}

@@ -186,9 +186,9 @@ func (r *natRecord) mac(nic, number byte) net.HardwareAddr {
 // What the MAC of a NIC has after 0a: behind the NAT, and on the frame switch.
 const natNIC, switchNIC = 0x76, 0x77
 
-// SetUp gives a pod its MAC address; what else it needs the guest gets by DHCP, see
-// [NAT.Leased]. Ports of the host are for TCP; others are errdefs.ErrFailedPrecondition.
-func (n *NAT) SetUp(_ context.Context, pod Pod) (*Result, error) {
+// Prepare gives a pod its MAC address. Ports of the host are for TCP; others are
+// errdefs.ErrFailedPrecondition.
+func (n *NAT) Prepare(_ context.Context, pod Pod) (*NIC, error) {
 	var ports []PortMapping
 	for _, p := range pod.PortMappings {
 		switch {
@@ -222,11 +222,25 @@ func (n *NAT) SetUp(_ context.Context, pod Pod) (*Result, error) {
 	if err := n.write(r); err != nil {
 		return nil, err
 	}
-	return &Result{
-		Interface: InterfaceName, MAC: r.mac(natNIC, number).String(), MTU: natMTU, DHCP: true,
-		HostPorts: ports,
-		Switch:    &Switch{Socket: n.switched.Socket, MAC: r.mac(switchNIC, number).String()},
+	return &NIC{
+		MAC: r.mac(natNIC, number).String(), MTU: natMTU, HostPorts: ports,
+		Switch: &Switch{Socket: n.switched.Socket, MAC: r.mac(switchNIC, number).String()},
 	}, nil
+}
+
+// SetUp says that the guest gets what it needs by DHCP, see [NAT.Leased].
+func (n *NAT) SetUp(_ context.Context, podID string) (*Result, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	r, err := n.read()
+	if err != nil {
+		return nil, err
+	}
+	p, ok := r.Pods[podID]
+	if !ok {
+		return nil, fmt.Errorf("pod %s: its network was not prepared: %w", podID, errdefs.ErrNotFound)
+	}
+	return &Result{Interface: InterfaceName, MAC: r.mac(natNIC, p.Number).String(), MTU: natMTU, DHCP: true}, nil
 }
 
 // take returns a number that no pod ever had, or else the one that was free for

@@ -28,15 +28,21 @@ func testNAT(t *testing.T, dir string) *NAT {
 func TestNATResult(t *testing.T) {
 	dir := t.TempDir()
 	n := testNAT(t, dir)
-	r, err := n.SetUp(t.Context(), Pod{ID: "a"})
+	r, err := n.Prepare(t.Context(), Pod{ID: "a"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r.Interface != "eth0" || r.MTU != 1500 || !r.DHCP || len(r.Addresses) != 0 || !strings.HasPrefix(r.MAC, "0a:76:") || !strings.HasSuffix(r.MAC, ":00") ||
+	if r.MTU != 1500 || !strings.HasPrefix(r.MAC, "0a:76:") || !strings.HasSuffix(r.MAC, ":00") ||
 		r.Switch == nil || r.Switch.MAC != strings.Replace(r.MAC, "0a:76:", "0a:77:", 1) || r.Switch.Socket != filepath.Join(dir, "run", SwitchSocket) {
 		t.Errorf("%+v, %+v", r, r.Switch)
 	}
-	if _, err := n.SetUp(t.Context(), Pod{ID: "a"}); !errdefs.IsAlreadyExists(err) {
+	if set, err := n.SetUp(t.Context(), "a"); err != nil || set.Interface != "eth0" || set.MAC != r.MAC || set.MTU != 1500 || !set.DHCP || len(set.Addresses) != 0 {
+		t.Errorf("%+v, %v", set, err)
+	}
+	if _, err := n.SetUp(t.Context(), "b"); !errdefs.IsNotFound(err) {
+		t.Errorf("the network of a pod without one: %v", err)
+	}
+	if _, err := n.Prepare(t.Context(), Pod{ID: "a"}); !errdefs.IsAlreadyExists(err) {
 		t.Errorf("a second network of one pod: %v", err)
 	}
 	// Another daemon finds what this one gave out.
@@ -44,11 +50,11 @@ func TestNATResult(t *testing.T) {
 	if pods, err := again.Pods(); err != nil || !slices.Equal(pods, []string{"a"}) {
 		t.Errorf("pods %q, %v", pods, err)
 	}
-	if b, err := again.SetUp(t.Context(), Pod{ID: "b"}); err != nil || b.MAC != strings.TrimSuffix(r.MAC, "00")+"01" {
+	if b, err := again.Prepare(t.Context(), Pod{ID: "b"}); err != nil || b.MAC != strings.TrimSuffix(r.MAC, "00")+"01" {
 		t.Errorf("%+v, %v", b, err)
 	}
 	// One of another root has another pool.
-	if o, err := testNAT(t, t.TempDir()).SetUp(t.Context(), Pod{ID: "a"}); err != nil || o.MAC == r.MAC {
+	if o, err := testNAT(t, t.TempDir()).Prepare(t.Context(), Pod{ID: "a"}); err != nil || o.MAC == r.MAC {
 		t.Errorf("%+v, %v", o, err)
 	}
 	for range 2 {
@@ -65,7 +71,7 @@ func TestNATHostPorts(t *testing.T) {
 	n := testNAT(t, t.TempDir())
 	for _, protocol := range []string{"udp", "sctp"} {
 		m := PortMapping{HostPort: 53, ContainerPort: 53, Protocol: protocol}
-		if _, err := n.SetUp(t.Context(), Pod{ID: protocol, PortMappings: []PortMapping{m}}); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "host port 53/"+protocol) {
+		if _, err := n.Prepare(t.Context(), Pod{ID: protocol, PortMappings: []PortMapping{m}}); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "host port 53/"+protocol) {
 			t.Errorf("%s: %v", protocol, err)
 		}
 	}
@@ -73,7 +79,7 @@ func TestNATHostPorts(t *testing.T) {
 		t.Errorf("what was refused is there: %q, %v", pods, err)
 	}
 	web := PortMapping{HostPort: 80, ContainerPort: 8080, Protocol: "tcp", HostIP: "127.0.0.1"}
-	r, err := n.SetUp(t.Context(), Pod{ID: "a", PortMappings: []PortMapping{{ContainerPort: 80, Protocol: "udp"}, web}})
+	r, err := n.Prepare(t.Context(), Pod{ID: "a", PortMappings: []PortMapping{{ContainerPort: 80, Protocol: "udp"}, web}})
 	if err != nil || !slices.Equal(r.HostPorts, []PortMapping{web}) {
 		t.Errorf("%+v, %v", r, err)
 	}
@@ -87,7 +93,7 @@ func TestNATRecycles(t *testing.T) {
 	n.now = func() time.Time { return now }
 	take := func(id string) string {
 		t.Helper()
-		r, err := n.SetUp(t.Context(), Pod{ID: id})
+		r, err := n.Prepare(t.Context(), Pod{ID: id})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -109,7 +115,7 @@ func TestNATRecycles(t *testing.T) {
 		}
 		used = append(used, macs[id])
 	}
-	if _, err := n.SetUp(t.Context(), Pod{ID: "more"}); !errdefs.IsResourceExhausted(err) || !strings.Contains(err.Error(), "are in use") {
+	if _, err := n.Prepare(t.Context(), Pod{ID: "more"}); !errdefs.IsResourceExhausted(err) || !strings.Contains(err.Error(), "are in use") {
 		t.Errorf("one pod too many: %v", err)
 	}
 	lease := func(id, a string, seconds uint32) {
@@ -136,7 +142,7 @@ func TestNATRecycles(t *testing.T) {
 	if got := take("q3"); got != macs["p3"] {
 		t.Errorf("%s, want that of p3, %s", got, macs["p3"])
 	}
-	_, err := n.SetUp(t.Context(), Pod{ID: "q2"})
+	_, err := n.Prepare(t.Context(), Pod{ID: "q2"})
 	if until := now.Add(600 * time.Second).UTC().Format(time.RFC3339); !errdefs.IsResourceExhausted(err) || !strings.Contains(err.Error(), "wait until "+until) {
 		t.Errorf("while leases live: %v, want %s", err, until)
 	}
@@ -154,7 +160,7 @@ func TestNATRecycles(t *testing.T) {
 func TestNATAddressOfAnother(t *testing.T) {
 	n := testNAT(t, t.TempDir())
 	for _, id := range []string{"a", "b"} {
-		if _, err := n.SetUp(t.Context(), Pod{ID: id}); err != nil {
+		if _, err := n.Prepare(t.Context(), Pod{ID: id}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -182,7 +188,7 @@ func TestNATConcurrently(t *testing.T) {
 	var all sync.WaitGroup
 	for i := range 20 {
 		all.Go(func() {
-			r, err := n.SetUp(t.Context(), Pod{ID: fmt.Sprint(i)})
+			r, err := n.Prepare(t.Context(), Pod{ID: fmt.Sprint(i)})
 			if err != nil {
 				t.Error(err)
 				return
@@ -205,7 +211,7 @@ func TestNATBadRecord(t *testing.T) {
 		if err := os.WriteFile(filepath.Join(dir, "nat.json"), []byte(content), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := n.SetUp(t.Context(), Pod{ID: "a"}); err == nil || !strings.Contains(err.Error(), "nat.json") {
+		if _, err := n.Prepare(t.Context(), Pod{ID: "a"}); err == nil || !strings.Contains(err.Error(), "nat.json") {
 			t.Errorf("record %.10q: %v", content, err)
 		}
 	}

@@ -62,6 +62,18 @@ type PortMapping struct {
 	HostIP        string `json:"hostIP,omitempty"` // empty: every address of the node
 }
 
+// NIC is what a virtual machine needs to start, before its pod has a network.
+type NIC struct {
+	// MAC is the device's. The guest's NIC may take another: the [Result]'s.
+	MAC string
+	// MTU is the device's, in bytes; 0: the [Result] has it.
+	MTU int
+	// HostPorts are ports that the pod's shim has to publish: the network doesn't.
+	HostPorts []PortMapping
+	// Switch has the guest's second NIC, which leads to the other pods.
+	Switch *Switch
+}
+
 // Result is the network a pod got. It goes through JSON into the pod's record
 // and to the guest's agent.
 type Result struct {
@@ -75,10 +87,6 @@ type Result struct {
 	// DHCP: Addresses and Routes are empty, and the guest gets them by DHCP on this
 	// interface.
 	DHCP bool `json:"dhcp,omitempty"`
-	// HostPorts are ports that the pod's shim has to publish: the network doesn't.
-	HostPorts []PortMapping `json:"hostPorts,omitempty"`
-	// Switch has the guest's second NIC, which leads to the other pods.
-	Switch *Switch `json:"switch,omitempty"`
 	// Addresses has at least one element otherwise; the first is the pod IP, the rest
 	// are the CRI's additional_ips. The routes that a prefix implies are in
 	// Routes, so the guest adds addresses with IFA_F_NOPREFIXROUTE.
@@ -96,8 +104,8 @@ const SwitchName = "eth1"
 
 // Switch is a pod's place on a frame switch (package frameswitch).
 type Switch struct {
-	Socket string `json:"socket"`
-	MAC    string `json:"mac"`
+	Socket string
+	MAC    string
 }
 
 // Route of a pod's interface.
@@ -128,7 +136,7 @@ type Network struct {
 }
 
 // New checks cfg and fills in defaults. It creates StateDir and RunDir and
-// nothing else: neither a bridge nor a namespace before the first SetUp.
+// nothing else: neither a bridge nor a namespace before the first pod.
 func New(cfg Config) (*Network, error) {
 	return newNetwork(cfg)
 }
@@ -141,13 +149,19 @@ func (n *Network) Status(ctx context.Context) error {
 	return n.status(ctx)
 }
 
-// SetUp makes the pod's network: namespace, CNI ADD, tap, splice. After an
-// error nothing of it is left; where the clean-up itself failed, the error
-// says so, [Network.Pods] still lists the pod, and TearDown tries again.
-// A pod that has a network already is errdefs.ErrAlreadyExists; port mappings
-// that the configuration can't carry out are ErrFailedPrecondition.
-func (n *Network) SetUp(ctx context.Context, pod Pod) (*Result, error) {
-	return n.setUp(ctx, pod)
+// Prepare makes the near end of the pod's cable, namespace and tap, so that its virtual
+// machine can start while the network is set up. After an error nothing of it is left,
+// see [Network.SetUp]. A pod that has a network already is errdefs.ErrAlreadyExists;
+// port mappings that the configuration can't carry out are ErrFailedPrecondition.
+func (n *Network) Prepare(ctx context.Context, pod Pod) (*NIC, error) {
+	return n.prepare(ctx, pod)
+}
+
+// SetUp connects a prepared pod: CNI ADD, then the splice of tap and interface. After
+// an error nothing of it, nor of Prepare, is left; where the clean-up itself failed, the
+// error says so, [Network.Pods] still lists the pod, and TearDown tries again.
+func (n *Network) SetUp(ctx context.Context, podID string) (*Result, error) {
+	return n.setUp(ctx, podID)
 }
 
 // OpenTap opens the pod's tap device (IFF_VNET_HDR, non-blocking, opened in
@@ -158,7 +172,7 @@ func (n *Network) OpenTap(podID string) (*os.File, error) {
 	return n.openTap(podID)
 }
 
-// TearDown undoes SetUp, or as much of it as a killed daemon or a reboot left:
+// TearDown undoes Prepare and SetUp, or as much of it as a killed daemon or a reboot left:
 // CNI DEL with the configuration of the ADD, then the namespace. It is
 // idempotent, needs no VM, no namespace and no Result, and is bounded whatever
 // the plugins do. After an error it may be called again; until it succeeds

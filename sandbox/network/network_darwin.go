@@ -32,8 +32,11 @@ func newNetwork(cfg Config) (*Network, error) {
 type platform struct{ nat *NAT }
 
 func (n *Network) status(context.Context) error { return nil }
-func (n *Network) setUp(ctx context.Context, pod Pod) (*Result, error) {
-	return n.nat.SetUp(ctx, pod)
+func (n *Network) prepare(ctx context.Context, pod Pod) (*NIC, error) {
+	return n.nat.Prepare(ctx, pod)
+}
+func (n *Network) setUp(ctx context.Context, podID string) (*Result, error) {
+	return n.nat.SetUp(ctx, podID)
 }
 func (n *Network) openTap(id string) (*os.File, error) { return n.nat.OpenTap(id) }
 func (n *Network) tearDown(ctx context.Context, podID string) error {

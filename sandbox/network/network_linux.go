@@ -2,6 +2,7 @@ package network
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -140,8 +141,8 @@ func (n *Network) status(ctx context.Context) error {
 	return nil
 }
 
-func (n *Network) setUp(ctx context.Context, pod Pod) (_ *Result, err error) {
-	pod, err = checkPod(pod)
+func (n *Network) prepare(ctx context.Context, pod Pod) (*NIC, error) {
+	pod, err := checkPod(pod)
 	if err != nil {
 		return nil, err
 	}
@@ -163,31 +164,60 @@ func (n *Network) setUp(ctx context.Context, pod Pod) (_ *Result, err error) {
 	if _, err := os.Lstat(n.recordPath(pod.ID)); err == nil {
 		return nil, fmt.Errorf("pod %s has a network already, tear it down first: %w", pod.ID, errdefs.ErrAlreadyExists)
 	}
-
-	netns := n.netnsPath(pod.ID)
-	result := &Result{Netns: netns, Interface: InterfaceName}
-	// TearDown inverts them all, from whatever point; see the record.
-	steps := []struct {
-		name string
-		do   func(context.Context) error
-	}{
+	// Locally administered, and only for as long as nothing is sent: the guest's NIC
+	// takes the MAC of the interface that CNI makes.
+	mac := make(net.HardwareAddr, 6)
+	_, _ = rand.Read(mac) // never fails
+	mac[0] = mac[0]&^1 | 2
+	err = n.run(ctx, pod.ID, w.list.Name, []step{
 		{"record", func(context.Context) error { return newRecord(pod, w).write(n.recordPath(pod.ID)) }},
-		{"namespace", func(context.Context) error { return createNetns(netns, quietNetns) }},
-		{"CNI ADD", func(ctx context.Context) error { return n.add(ctx, w, pod, netns, result) }},
-		{"splice", func(context.Context) error { return spliceInto(netns, result) }},
+		{"namespace", func(context.Context) error { return createNetns(n.netnsPath(pod.ID), makeCable) }},
+	})
+	if err != nil {
+		return nil, err
 	}
+	return &NIC{MAC: mac.String()}, nil
+}
+
+func (n *Network) setUp(ctx context.Context, podID string) (*Result, error) {
+	if err := checkID(podID); err != nil {
+		return nil, err
+	}
+	r, err := readRecord(n.recordPath(podID))
+	if err != nil {
+		return nil, fmt.Errorf("pod %s: %w", podID, err)
+	}
+	netns := n.netnsPath(podID)
+	result := &Result{Netns: netns, Interface: InterfaceName}
+	err = n.run(ctx, podID, r.Network, []step{
+		{"CNI ADD", func(ctx context.Context) error { return n.add(ctx, r, netns, result) }},
+		{"splice", func(context.Context) error { return spliceInto(netns, result) }},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return result, nil
+}
+
+// step is a part of what makes a pod's network. TearDown inverts them all, from
+// whatever point; see the record.
+type step struct {
+	name string
+	do   func(context.Context) error
+}
+
+func (n *Network) run(ctx context.Context, podID, network string, steps []step) error {
 	for _, step := range steps {
 		start := time.Now()
 		if err := context.Cause(ctx); err != nil {
-			err = fmt.Errorf("cancelled: %w", err)
-			return nil, n.undo(ctx, pod.ID, step.name, err)
+			return n.undo(ctx, podID, step.name, fmt.Errorf("cancelled: %w", err))
 		}
 		if err := step.do(ctx); err != nil {
-			return nil, n.undo(ctx, pod.ID, step.name, err)
+			return n.undo(ctx, podID, step.name, err)
 		}
-		klog.V(2).InfoS("Pod network step done", "pod", pod.ID, "network", w.list.Name, "step", step.name, "took", time.Since(start))
+		klog.V(2).InfoS("Pod network step done", "pod", podID, "network", network, "step", step.name, "took", time.Since(start))
 	}
-	return result, nil
+	return nil
 }
 
 // undo returns the error of the step that failed, after having undone the
@@ -204,20 +234,24 @@ func (n *Network) undo(ctx context.Context, podID, step string, cause error) err
 	return fmt.Errorf("%w; and undoing it failed, which TearDown can repeat: %v", cause, err)
 }
 
-func (n *Network) add(ctx context.Context, w *network, pod Pod, netns string, result *Result) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, addTimeout, fmt.Errorf("network %s did not finish ADD within %v", w.list.Name, addTimeout))
-	defer cancel()
-	r, err := n.cni().AddNetworkList(ctx, w.list, runtimeConf(pod, netns))
+func (n *Network) add(ctx context.Context, r *record, netns string, result *Result) error {
+	list, err := r.list()
 	if err != nil {
-		return fmt.Errorf("network %s (%s): %w", w.list.Name, w.source, err)
+		return err
 	}
-	addrs, dns, err := addressesOf(r)
+	ctx, cancel := context.WithTimeoutCause(ctx, addTimeout, fmt.Errorf("network %s did not finish ADD within %v", r.Network, addTimeout))
+	defer cancel()
+	added, err := n.cni().AddNetworkList(ctx, list, runtimeConf(r.Pod, netns))
 	if err != nil {
-		return fmt.Errorf("network %s (%s): %w", w.list.Name, w.source, err)
+		return fmt.Errorf("network %s (%s): %w", r.Network, r.Source, err)
+	}
+	addrs, dns, err := addressesOf(added)
+	if err != nil {
+		return fmt.Errorf("network %s (%s): %w", r.Network, r.Source, err)
 	}
 	if len(addrs) == 0 {
 		// T42
-		return fmt.Errorf("network %s (%s) gave %s no IP address; a pod needs one, add an ipam section: %w", w.list.Name, w.source, InterfaceName, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("network %s (%s) gave %s no IP address; a pod needs one, add an ipam section: %w", r.Network, r.Source, InterfaceName, errdefs.ErrFailedPrecondition)
 	}
 	result.Addresses = addrs
 	result.DNS = dnsOf(dns)

@@ -178,10 +178,18 @@ func (nd *node) assertClean(t *testing.T) {
 	}
 }
 
+// makeNetwork is Prepare and SetUp in a row.
+func makeNetwork(ctx context.Context, n *Network, pod Pod) (*Result, error) {
+	if _, err := n.Prepare(ctx, pod); err != nil {
+		return nil, err
+	}
+	return n.SetUp(ctx, pod.ID)
+}
+
 func setUp(t *testing.T, n *Network, pod Pod) *Result {
 	t.Helper()
 	start := time.Now()
-	r, err := n.SetUp(t.Context(), pod)
+	r, err := makeNetwork(t.Context(), n, pod)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -398,8 +406,8 @@ func TestBuiltinNetwork(t *testing.T) {
 		t.Errorf("routes %+v: want a default route of each family", ra.Routes)
 	}
 
-	if _, err := n.SetUp(t.Context(), a); !errdefs.IsAlreadyExists(err) {
-		t.Errorf("a second SetUp: %v, want ErrAlreadyExists", err)
+	if _, err := n.Prepare(t.Context(), a); !errdefs.IsAlreadyExists(err) {
+		t.Errorf("a second Prepare: %v, want ErrAlreadyExists", err)
 	}
 
 	ga := bootGuest(t, n, "pod-a", ra)
@@ -515,7 +523,7 @@ func TestUsersConfiguration(t *testing.T) {
 	ping(t, nd.netns, r.Addresses[0].Addr())
 
 	t.Run("host port without portmap is refused by name", func(t *testing.T) { // T42
-		_, err := n.SetUp(t.Context(), Pod{ID: "ports", PortMappings: []PortMapping{{HostPort: 80, ContainerPort: 80, Protocol: "TCP"}}})
+		_, err := n.Prepare(t.Context(), Pod{ID: "ports", PortMappings: []PortMapping{{HostPort: 80, ContainerPort: 80, Protocol: "TCP"}}})
 		if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "portmap") || !strings.Contains(err.Error(), first) {
 			t.Errorf("got %v", err)
 		}
@@ -562,7 +570,7 @@ func TestBadConfiguration(t *testing.T) {
 			nd := newNode(t)
 			n := nd.network(t)
 			nd.configure(t, tt.file, tt.text)
-			_, err := n.SetUp(t.Context(), Pod{ID: "pod"})
+			_, err := makeNetwork(t.Context(), n, Pod{ID: "pod"})
 			for what, err := range map[string]error{"SetUp": err, "Status": n.Status(t.Context())} {
 				if !errors.Is(err, tt.wantErr) || !strings.Contains(err.Error(), tt.want) {
 					t.Errorf("%s: %v; want %v that names %s", what, err, tt.wantErr, tt.want)
@@ -576,7 +584,7 @@ func TestBadConfiguration(t *testing.T) {
 func TestPluginMissing(t *testing.T) {
 	nd := newNode(t)
 	n := nd.network(t, func(c *Config) { c.BinDirs = []string{t.TempDir()} })
-	_, err := n.SetUp(t.Context(), Pod{ID: "pod"})
+	_, err := makeNetwork(t.Context(), n, Pod{ID: "pod"})
 	for what, err := range map[string]error{"SetUp": err, "Status": n.Status(t.Context())} {
 		if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), `"bridge"`) || !strings.Contains(err.Error(), "containernetworking-plugins") {
 			t.Errorf("%s: %v", what, err)
@@ -608,7 +616,7 @@ func TestFailedAddLeavesNothing(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			nd := newNode(t)
 			n := nd.network(t, nd.script(t, tt.body))
-			_, err := n.SetUp(t.Context(), Pod{ID: "pod"})
+			_, err := makeNetwork(t.Context(), n, Pod{ID: "pod"})
 			if err == nil || !strings.Contains(err.Error(), tt.want) || strings.Contains(err.Error(), "undoing it failed") {
 				t.Errorf("got %v, want an error with %q", err, tt.want)
 			}
@@ -625,7 +633,7 @@ func TestHangingPlugin(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
 	start := time.Now()
-	_, err := n.SetUp(ctx, Pod{ID: "pod"})
+	_, err := makeNetwork(ctx, n, Pod{ID: "pod"})
 	if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 10*time.Second {
 		t.Errorf("after %v: %v", time.Since(start), err)
 	}
@@ -711,14 +719,15 @@ func TestTearDownOfHalfASetUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	pod := Pod{ID: "half"}
+	r := newRecord(pod, w)
 	for _, upTo := range []string{"record", "namespace", "leftover file", "CNI ADD"} {
 		t.Run(upTo, func(t *testing.T) {
-			if err := newRecord(pod, w).write(n.recordPath(pod.ID)); err != nil {
+			if err := r.write(n.recordPath(pod.ID)); err != nil {
 				t.Fatal(err)
 			}
 			switch upTo {
 			case "namespace", "CNI ADD":
-				if err := createNetns(n.netnsPath(pod.ID), quietNetns); err != nil {
+				if err := createNetns(n.netnsPath(pod.ID), makeCable); err != nil {
 					t.Fatal(err)
 				}
 			case "leftover file":
@@ -727,7 +736,7 @@ func TestTearDownOfHalfASetUp(t *testing.T) {
 				}
 			}
 			if upTo == "CNI ADD" {
-				if err := n.add(t.Context(), w, pod, n.netnsPath(pod.ID), &Result{}); err != nil {
+				if err := n.add(t.Context(), r, n.netnsPath(pod.ID), &Result{}); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -750,7 +759,7 @@ func TestParallelSetUps(t *testing.T) {
 	start := time.Now()
 	for i := range pods {
 		wg.Go(func() {
-			results[i], errs[i] = n.SetUp(t.Context(), Pod{
+			results[i], errs[i] = makeNetwork(t.Context(), n, Pod{
 				ID: fmt.Sprint("pod-", i), PortMappings: []PortMapping{{HostPort: int32(8000 + i), ContainerPort: 80}},
 			})
 		})
@@ -791,7 +800,7 @@ func TestBadPod(t *testing.T) {
 		{ID: "a", PortMappings: []PortMapping{{HostPort: 80, ContainerPort: 80, Protocol: "icmp"}}},
 		{ID: "a", PortMappings: []PortMapping{{HostPort: 80, ContainerPort: 80, HostIP: "example.org"}}},
 	} {
-		if _, err := n.SetUp(t.Context(), pod); !errdefs.IsInvalidArgument(err) {
+		if _, err := n.Prepare(t.Context(), pod); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%+v: %v, want ErrInvalidArgument", pod, err)
 		}
 	}

@@ -24,10 +24,20 @@ const (
 	tapFlags = unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR
 )
 
+// makeCable makes a pod's end of the cable. Runs in the namespace, first of all.
+func makeCable() error {
+	quietNetns()
+	if err := createTap(); err != nil {
+		return err
+	}
+	writeIPv6Conf(tapName+"/disable_ipv6", "1")
+	return nil
+}
+
 // quietNetns keeps the kernel of a pod's namespace from speaking IPv6 of its
 // own accord (router solicitations, autoconfigured addresses): the guest
 // behind the same MAC does. Runs in the namespace, before it has interfaces.
-func quietNetns() error {
+func quietNetns() {
 	for key, value := range map[string]string{
 		"default/accept_ra":            "0",
 		"default/autoconf":             "0",
@@ -35,7 +45,6 @@ func quietNetns() error {
 	} {
 		writeIPv6Conf(key, value)
 	}
-	return nil
 }
 
 // writeIPv6Conf is best effort: there may be no IPv6, and /proc/sys is
@@ -48,8 +57,8 @@ func writeIPv6Conf(key, value string) {
 	}
 }
 
-// splice makes the tap and joins it to the interface that CNI made, frame by
-// frame and both ways. Runs in the pod's namespace.
+// splice joins the tap to the interface that CNI made, frame by frame and both
+// ways. Runs in the pod's namespace.
 //
 // The interface keeps its addresses: the redirect takes every frame before the
 // namespace's own stack sees it, so they answer nobody, but plugins read them
@@ -60,14 +69,10 @@ func splice() (netlink.Link, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find the interface %s that CNI should have made: %w", InterfaceName, err)
 	}
-	if err := createTap(); err != nil {
-		return nil, err
-	}
 	tap, err := netlink.LinkByName(tapName)
 	if err != nil {
 		return nil, fmt.Errorf("find %s: %w", tapName, err)
 	}
-	writeIPv6Conf(tapName+"/disable_ipv6", "1")
 	if err := netlink.LinkSetMTU(tap, veth.Attrs().MTU); err != nil {
 		return nil, fmt.Errorf("set MTU %d on %s: %w", veth.Attrs().MTU, tapName, err)
 	}

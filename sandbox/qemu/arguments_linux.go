@@ -114,8 +114,9 @@ func (a *arguments) nic(i int, n vmm.NIC) {
 	id := fmt.Sprintf("nic%d", i)
 	a.add("-netdev", fmt.Sprintf("tap,id=%s,fd=%d,vhost=off", id, a.inherit(n.Tap)))
 	a.device(map[string]any{
-		"driver": "virtio-net-pci", "netdev": id, "mac": n.MAC.String(), "host_mtu": n.MTU,
-		"romfile": "", // nothing boots from the network
+		"driver": "virtio-net-pci", "netdev": id, "mac": n.MAC.String(),
+		"host_mtu": n.MTU, // 0: the device says nothing of it
+		"romfile":  "",    // nothing boots from the network
 	})
 }
 

@@ -46,41 +46,62 @@ var (
 	errDied    = errors.New("the VM failed")
 )
 
+// StartMachine implements shim/api.
+func (s *Shim) StartMachine(ctx context.Context, _ *shimapi.StartMachineRequest) (*shimapi.StartMachineResponse, error) {
+	s.mu.Lock()
+	again := s.started
+	s.started = true
+	s.mu.Unlock()
+	if again {
+		return nil, fmt.Errorf("pod %s: its VM was started before: %w", s.cfg.ID, errdefs.ErrFailedPrecondition)
+	}
+	if err := s.publish(ctx); err != nil {
+		err = fmt.Errorf("pod %s: host ports: %w", s.cfg.ID, err)
+		s.vmGone(err.Error())
+		return nil, err
+	}
+	if err := s.startMachine(ctx); err != nil {
+		return nil, s.bootFailed(err)
+	}
+	state, _ := s.state()
+	return &shimapi.StartMachineResponse{Steps: state.Steps}, nil
+}
+
 // Boot implements shim/api.
 func (s *Shim) Boot(ctx context.Context, req *shimapi.BootRequest) (*shimapi.BootResponse, error) {
 	s.mu.Lock()
-	again := s.booted
-	s.booted = true
+	ready := s.machine != nil && !s.booted
+	s.booted = s.booted || ready
 	s.mu.Unlock()
-	if again {
-		return nil, fmt.Errorf("pod %s: its VM was booted before: %w", s.cfg.ID, errdefs.ErrFailedPrecondition)
+	if !ready {
+		return nil, fmt.Errorf("pod %s: its VM was not started, or booted before: %w", s.cfg.ID, errdefs.ErrFailedPrecondition)
 	}
 	sandbox := req.GetSandbox()
 	if sandbox == nil {
 		sandbox = &guestapi.SetUpSandboxRequest{}
 	}
-	err := s.publish(ctx)
-	if err != nil {
-		err = fmt.Errorf("pod %s: host ports: %w", s.cfg.ID, err)
-		s.vmGone(err.Error())
-		return nil, err
-	}
-	for try := 1; try <= boots; try++ {
-		if err = s.bootOnce(ctx, sandbox); err == nil {
+	for try := 1; ; try++ {
+		err := s.bootOnce(ctx, sandbox)
+		if err == nil {
 			state, _ := s.state()
 			return &shimapi.BootResponse{Steps: state.Steps, Lease: s.lease}, nil
 		}
-		if !errors.Is(err, errStalled) && !errors.Is(err, errDied) || ctx.Err() != nil {
-			break
-		}
 		klog.ErrorS(err, "Boot failed", "pod", s.cfg.ID, "try", try)
-		if try < boots {
+		if (errors.Is(err, errStalled) || errors.Is(err, errDied)) && try < boots && ctx.Err() == nil {
 			s.change(func() { s.steps = append(s.steps, &guestapi.Step{Name: "boot again: " + err.Error()}) })
+			if err = s.startMachine(ctx); err == nil {
+				continue
+			}
 		}
+		return nil, s.bootFailed(err)
 	}
+}
+
+// bootFailed makes the end of the VM known and returns the error for the caller.
+func (s *Shim) bootFailed(err error) error {
 	err = fmt.Errorf("pod %s: %w; %s", s.cfg.ID, err, s.console.lastLines())
 	s.vmGone(err.Error())
-	return nil, err
+	return err
 }
 
 // step records how long a part of the start took.
@@ -90,11 +111,10 @@ func (s *Shim) step(name string, start time.Time) {
 	})
 }
 
-// bootOnce takes one VM from nothing to ready. After an error it is gone.
-func (s *Shim) bootOnce(ctx context.Context, sandbox *guestapi.SetUpSandboxRequest) (err error) {
+// startMachine makes a VM and starts it.
+func (s *Shim) startMachine(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(s.cfg.Timeouts.Boot))
 	defer cancel()
-
 	start := time.Now()
 	mc, err := s.machineConfig(ctx)
 	if err != nil {
@@ -104,6 +124,44 @@ func (s *Shim) bootOnce(ctx context.Context, sandbox *guestapi.SetUpSandboxReque
 	if err != nil {
 		return fmt.Errorf("vm start: %w: %w", err, classOf(err))
 	}
+	s.mu.Lock()
+	stopping := s.stopping
+	s.machine = m
+	s.mu.Unlock()
+	if stopping {
+		err = fmt.Errorf("the pod is being stopped: %w", errdefs.ErrFailedPrecondition)
+	} else {
+		err = m.Start(ctx)
+	}
+	if err != nil {
+		s.dropMachine(m)
+		return fmt.Errorf("vm start: %w", err)
+	}
+	s.volumes.attach(m)
+	s.step("vm start", start)
+	s.mu.Lock()
+	s.machineStart = time.Now()
+	s.mu.Unlock()
+	return nil
+}
+
+// dropMachine closes a VM that failed to boot.
+func (s *Shim) dropMachine(m vmm.Machine) {
+	if err := m.Close(); err != nil {
+		klog.ErrorS(err, "Closing a VM that failed to boot", "pod", s.cfg.ID)
+	}
+	s.mu.Lock()
+	s.machine, s.agent = nil, nil
+	s.mu.Unlock()
+}
+
+// bootOnce takes a VM that was started to ready. After an error it is gone.
+func (s *Shim) bootOnce(ctx context.Context, sandbox *guestapi.SetUpSandboxRequest) (err error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Duration(s.cfg.Timeouts.Boot))
+	defer cancel()
+	s.mu.Lock()
+	m, start := s.machine, s.machineStart
+	s.mu.Unlock()
 	var a *agent
 	defer func() {
 		if err != nil {
@@ -111,28 +169,10 @@ func (s *Shim) bootOnce(ctx context.Context, sandbox *guestapi.SetUpSandboxReque
 				s.releaseLease(a)
 				a.close()
 			}
-			if cerr := m.Close(); cerr != nil {
-				klog.ErrorS(cerr, "Closing a VM that failed to boot", "pod", s.cfg.ID)
-			}
-			s.mu.Lock()
-			s.machine, s.agent = nil, nil
-			s.mu.Unlock()
+			s.dropMachine(m)
 		}
 	}()
-	s.mu.Lock()
-	stopping := s.stopping
-	s.machine = m
-	s.mu.Unlock()
-	if stopping {
-		return fmt.Errorf("vm start: the pod is being stopped: %w", errdefs.ErrFailedPrecondition)
-	}
-	if err := m.Start(ctx); err != nil {
-		return fmt.Errorf("vm start: %w", err)
-	}
-	s.volumes.attach(m)
-	s.step("vm start", start)
 
-	start = time.Now()
 	conn, err := s.awaitAgent(ctx, m)
 	if err != nil {
 		return fmt.Errorf("kernel and agent: %w", err)

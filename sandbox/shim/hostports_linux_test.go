@@ -96,7 +96,7 @@ func TestHostPortTaken(t *testing.T) {
 	r := newRig(t, d, Timeouts{}, func(c *Config) {
 		c.HostPorts = []HostPort{{Port: free, PodPort: 7}, {Address: "127.0.0.1", Port: uint16(l.Addr().(*net.TCPAddr).Port), PodPort: 7}}
 	})
-	_, err = r.Boot(r.ctx(), &shimapi.BootRequest{})
+	_, err = r.StartMachine(r.ctx(), &shimapi.StartMachineRequest{})
 	if err = errgrpc.ToNative(err); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "host port") || !strings.Contains(err.Error(), "choose another port") {
 		t.Errorf("%v", err)
 	}

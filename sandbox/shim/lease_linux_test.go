@@ -228,7 +228,7 @@ func (r *rig) lastState() (last *shimapi.PodState) {
 func TestLeaseOfAPod(t *testing.T) {
 	d := &shimtest.Driver{Lease: testLease(60)}
 	r := newRig(t, d, Timeouts{})
-	resp, err := r.Boot(r.ctx(), &shimapi.BootRequest{Sandbox: dhcpSandbox})
+	resp, err := r.bootWith(dhcpSandbox)
 	if err != nil || resp.GetLease().GetAddress() != "192.168.64.2/24" {
 		t.Fatalf("%v, %v", resp, err)
 	}
@@ -242,7 +242,7 @@ func TestLeaseOfAPod(t *testing.T) {
 func TestLeaseOfAPodThatDied(t *testing.T) {
 	d := &shimtest.Driver{Lease: testLease(60)}
 	r := newRig(t, d, Timeouts{})
-	if _, err := r.Boot(r.ctx(), &shimapi.BootRequest{Sandbox: dhcpSandbox}); err != nil {
+	if _, err := r.bootWith(dhcpSandbox); err != nil {
 		t.Fatal(err)
 	}
 	d.Machines()[0].Die(nil)
@@ -254,7 +254,7 @@ func TestLeaseOfAPodThatDied(t *testing.T) {
 func TestBootWithoutALease(t *testing.T) {
 	d := &shimtest.Driver{}
 	r := newRig(t, d, Timeouts{})
-	_, err := r.Boot(r.ctx(), &shimapi.BootRequest{Sandbox: dhcpSandbox})
+	_, err := r.bootWith(dhcpSandbox)
 	if err = errgrpc.ToNative(err); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "rebuild the guest image") {
 		t.Errorf("%v", err)
 	}

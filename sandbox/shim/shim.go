@@ -43,21 +43,23 @@ type Shim struct {
 	adjusting chan struct{}
 	pinned    bool
 
-	mu         sync.Mutex
-	revision   uint64
-	changed    chan struct{} // closed and replaced with every change
-	vm         shimapi.VM
-	reason     string
-	booted     bool // Boot was called
-	stopping   bool
-	diskError  string
-	lease      *guestapi.Lease // what Boot got
-	leased     bool            // the DHCP server may have a lease of this pod's
-	steps      []*guestapi.Step
-	containers map[string]*container
-	machine    vmm.Machine
-	agent      *agent
-	port       *frameswitch.Port // nil: not on a frame switch
+	mu           sync.Mutex
+	revision     uint64
+	changed      chan struct{} // closed and replaced with every change
+	vm           shimapi.VM
+	reason       string
+	started      bool // StartMachine was called
+	booted       bool // Boot was called
+	stopping     bool
+	diskError    string
+	lease        *guestapi.Lease // what Boot got
+	leased       bool            // the DHCP server may have a lease of this pod's
+	steps        []*guestapi.Step
+	containers   map[string]*container
+	machine      vmm.Machine
+	machineStart time.Time // when its Start returned
+	agent        *agent
+	port         *frameswitch.Port // nil: not on a frame switch
 }
 
 // New makes a shim for c. It takes ownership of tap, which may be nil.
@@ -226,6 +228,11 @@ func (s *Shim) Watch(ctx context.Context, _ *shimapi.WatchRequest, stream shimap
 		select {
 		case <-changed:
 		case <-s.stopped:
+			// The last change may have come with the end: it says, for one, whether a
+			// lease is left.
+			if last, _ := s.state(); last.GetRevision() > state.GetRevision() {
+				return stream.Send(last)
+			}
 			return nil
 		case <-ctx.Done():
 			return nil

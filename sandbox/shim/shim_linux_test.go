@@ -113,9 +113,17 @@ func (r *rig) ctx() context.Context { return r.t.Context() }
 
 func (r *rig) boot() {
 	r.t.Helper()
-	if _, err := r.Boot(r.ctx(), &shimapi.BootRequest{Sandbox: &guestapi.SetUpSandboxRequest{Hostname: "h"}}); err != nil {
+	if _, err := r.bootWith(&guestapi.SetUpSandboxRequest{Hostname: "h"}); err != nil {
 		r.t.Fatalf("Boot: %v", err)
 	}
+}
+
+func (r *rig) bootWith(sandbox *guestapi.SetUpSandboxRequest) (*shimapi.BootResponse, error) {
+	r.t.Helper()
+	if _, err := r.StartMachine(r.ctx(), &shimapi.StartMachineRequest{}); err != nil {
+		return nil, err
+	}
+	return r.Boot(r.ctx(), &shimapi.BootRequest{Sandbox: sandbox})
 }
 
 func (r *rig) create(id string, change func(*shimapi.CreateContainerRequest), args ...string) {
@@ -203,6 +211,9 @@ func ms(n int) Duration { return Duration(time.Duration(n) * time.Millisecond) }
 func TestBoot(t *testing.T) {
 	var got *guestapi.SetUpSandboxRequest
 	r := newRig(t, &shimtest.Driver{Console: "hello\n", OnSetUp: func(s *guestapi.SetUpSandboxRequest) { got = s }}, Timeouts{})
+	if _, err := r.Boot(r.ctx(), &shimapi.BootRequest{}); !errdefs.IsFailedPrecondition(errgrpc.ToNative(err)) {
+		t.Errorf("Boot before StartMachine: %v", err)
+	}
 	r.boot()
 	if got.GetHostname() != "h" || len(got.GetEntropy()) != 256 || bytes.Equal(got.GetEntropy(), make([]byte, 256)) ||
 		time.Since(time.Unix(0, got.GetUnixNanos())).Abs() > 10*time.Second {
@@ -219,6 +230,9 @@ func TestBoot(t *testing.T) {
 	if _, err := r.Boot(r.ctx(), &shimapi.BootRequest{}); !errdefs.IsFailedPrecondition(errgrpc.ToNative(err)) {
 		t.Errorf("second Boot: %v", err)
 	}
+	if _, err := r.StartMachine(r.ctx(), &shimapi.StartMachineRequest{}); !errdefs.IsFailedPrecondition(errgrpc.ToNative(err)) {
+		t.Errorf("second StartMachine: %v", err)
+	}
 	for _, s := range []string{shimapi.SocketControl, shimapi.SocketData} {
 		if fi, err := os.Stat(filepath.Join(r.cfg.RunDir, s)); err != nil || fi.Mode().Perm() != 0o600 {
 			t.Errorf("socket %s: %v, %v", s, fi.Mode(), err)
@@ -226,6 +240,18 @@ func TestBoot(t *testing.T) {
 	}
 	if b, _ := os.ReadFile(filepath.Join(r.cfg.PodDir, ConsoleFile)); string(b) != "hello\n" {
 		t.Errorf("console %q", b)
+	}
+}
+
+// A VM that ends before Boot is called is no worse than one that ends in it.
+func TestMachineEndsBeforeBoot(t *testing.T) {
+	r := newRig(t, &shimtest.Driver{}, Timeouts{})
+	if _, err := r.StartMachine(r.ctx(), &shimapi.StartMachineRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	r.driver.Machines()[0].Die(errors.New("bang"))
+	if _, err := r.Boot(r.ctx(), &shimapi.BootRequest{}); err != nil || len(r.driver.Machines()) != 2 {
+		t.Errorf("%v after %d machines, want another one", err, len(r.driver.Machines()))
 	}
 }
 
@@ -252,7 +278,7 @@ func TestBootFails(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			r := newRig(t, tt.driver, tt.timeouts)
 			start := time.Now()
-			_, err := r.Boot(r.ctx(), &shimapi.BootRequest{})
+			_, err := r.bootWith(nil)
 			if err == nil {
 				t.Fatal("Boot succeeded")
 			}

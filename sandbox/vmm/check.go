@@ -96,8 +96,8 @@ func (c Config) check() error {
 			return fmt.Errorf("NIC %d: MAC %q: choose a unicast address of 6 bytes", i, mac)
 		case macs[mac]:
 			return fmt.Errorf("two NICs have the MAC %s", mac)
-		case n.MTU < 68 || n.MTU > 65535:
-			return fmt.Errorf("NIC %s: MTU %d: choose 68 to 65535", mac, n.MTU)
+		case n.MTU != 0 && n.MTU < 68 || n.MTU > 65535:
+			return fmt.Errorf("NIC %s: MTU %d: choose 68 to 65535, or 0", mac, n.MTU)
 		}
 		macs[mac] = true
 	}

@@ -80,7 +80,7 @@ type SharedDir struct {
 // NIC is a network interface of the guest.
 type NIC struct {
 	MAC net.HardwareAddr
-	MTU int
+	MTU int // bytes; 0: the device says nothing of it, and the guest may set any
 	// Tap is an open tap device (linux, IFF_VNET_HDR); New takes ownership.
 	Tap *os.File
 	// Frames is a connected datagram socket that carries one Ethernet frame per

@@ -481,6 +481,86 @@ func (x *ContainerState) GetLogLinesDropped() uint64 {
 	return 0
 }
 
+type StartMachineRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StartMachineRequest) Reset() {
+	*x = StartMachineRequest{}
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartMachineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartMachineRequest) ProtoMessage() {}
+
+func (x *StartMachineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartMachineRequest.ProtoReflect.Descriptor instead.
+func (*StartMachineRequest) Descriptor() ([]byte, []int) {
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{5}
+}
+
+type StartMachineResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Steps         []*api.Step            `protobuf:"bytes,1,rep,name=steps,proto3" json:"steps,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StartMachineResponse) Reset() {
+	*x = StartMachineResponse{}
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartMachineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartMachineResponse) ProtoMessage() {}
+
+func (x *StartMachineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartMachineResponse.ProtoReflect.Descriptor instead.
+func (*StartMachineResponse) Descriptor() ([]byte, []int) {
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *StartMachineResponse) GetSteps() []*api.Step {
+	if x != nil {
+		return x.Steps
+	}
+	return nil
+}
+
 type BootRequest struct {
 	state         protoimpl.MessageState   `protogen:"open.v1"`
 	Sandbox       *api.SetUpSandboxRequest `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"` // clock and entropy are filled in by the shim
@@ -490,7 +570,7 @@ type BootRequest struct {
 
 func (x *BootRequest) Reset() {
 	*x = BootRequest{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[5]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -502,7 +582,7 @@ func (x *BootRequest) String() string {
 func (*BootRequest) ProtoMessage() {}
 
 func (x *BootRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[5]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -515,7 +595,7 @@ func (x *BootRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BootRequest.ProtoReflect.Descriptor instead.
 func (*BootRequest) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{5}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *BootRequest) GetSandbox() *api.SetUpSandboxRequest {
@@ -535,7 +615,7 @@ type BootResponse struct {
 
 func (x *BootResponse) Reset() {
 	*x = BootResponse{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[6]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -547,7 +627,7 @@ func (x *BootResponse) String() string {
 func (*BootResponse) ProtoMessage() {}
 
 func (x *BootResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[6]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -560,7 +640,7 @@ func (x *BootResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BootResponse.ProtoReflect.Descriptor instead.
 func (*BootResponse) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{6}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *BootResponse) GetSteps() []*api.Step {
@@ -589,7 +669,7 @@ type CreateContainerRequest struct {
 
 func (x *CreateContainerRequest) Reset() {
 	*x = CreateContainerRequest{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[7]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -601,7 +681,7 @@ func (x *CreateContainerRequest) String() string {
 func (*CreateContainerRequest) ProtoMessage() {}
 
 func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[7]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -614,7 +694,7 @@ func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateContainerRequest.ProtoReflect.Descriptor instead.
 func (*CreateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{7}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CreateContainerRequest) GetContainer() *api.CreateContainerRequest {
@@ -654,7 +734,7 @@ type CreateContainerResponse struct {
 
 func (x *CreateContainerResponse) Reset() {
 	*x = CreateContainerResponse{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[8]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -666,7 +746,7 @@ func (x *CreateContainerResponse) String() string {
 func (*CreateContainerResponse) ProtoMessage() {}
 
 func (x *CreateContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[8]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -679,7 +759,7 @@ func (x *CreateContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateContainerResponse.ProtoReflect.Descriptor instead.
 func (*CreateContainerResponse) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{8}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CreateContainerResponse) GetState() *ContainerState {
@@ -706,7 +786,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[9]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -718,7 +798,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[9]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -731,7 +811,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{9}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Volume) GetName() string {
@@ -792,7 +872,7 @@ type StartContainerRequest struct {
 
 func (x *StartContainerRequest) Reset() {
 	*x = StartContainerRequest{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[10]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -804,7 +884,7 @@ func (x *StartContainerRequest) String() string {
 func (*StartContainerRequest) ProtoMessage() {}
 
 func (x *StartContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[10]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -817,7 +897,7 @@ func (x *StartContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartContainerRequest.ProtoReflect.Descriptor instead.
 func (*StartContainerRequest) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{10}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *StartContainerRequest) GetId() string {
@@ -838,7 +918,7 @@ type StopContainerRequest struct {
 
 func (x *StopContainerRequest) Reset() {
 	*x = StopContainerRequest{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[11]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -850,7 +930,7 @@ func (x *StopContainerRequest) String() string {
 func (*StopContainerRequest) ProtoMessage() {}
 
 func (x *StopContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[11]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -863,7 +943,7 @@ func (x *StopContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopContainerRequest.ProtoReflect.Descriptor instead.
 func (*StopContainerRequest) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{11}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *StopContainerRequest) GetId() string {
@@ -897,7 +977,7 @@ type AdjustMachineRequest struct {
 
 func (x *AdjustMachineRequest) Reset() {
 	*x = AdjustMachineRequest{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[12]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -909,7 +989,7 @@ func (x *AdjustMachineRequest) String() string {
 func (*AdjustMachineRequest) ProtoMessage() {}
 
 func (x *AdjustMachineRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[12]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -922,7 +1002,7 @@ func (x *AdjustMachineRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdjustMachineRequest.ProtoReflect.Descriptor instead.
 func (*AdjustMachineRequest) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{12}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *AdjustMachineRequest) GetCpus() []uint32 {
@@ -947,7 +1027,7 @@ type AdjustMachineResponse struct {
 
 func (x *AdjustMachineResponse) Reset() {
 	*x = AdjustMachineResponse{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[13]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -959,7 +1039,7 @@ func (x *AdjustMachineResponse) String() string {
 func (*AdjustMachineResponse) ProtoMessage() {}
 
 func (x *AdjustMachineResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[13]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -972,7 +1052,7 @@ func (x *AdjustMachineResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdjustMachineResponse.ProtoReflect.Descriptor instead.
 func (*AdjustMachineResponse) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{13}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{15}
 }
 
 type RemoveContainerRequest struct {
@@ -984,7 +1064,7 @@ type RemoveContainerRequest struct {
 
 func (x *RemoveContainerRequest) Reset() {
 	*x = RemoveContainerRequest{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[14]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -996,7 +1076,7 @@ func (x *RemoveContainerRequest) String() string {
 func (*RemoveContainerRequest) ProtoMessage() {}
 
 func (x *RemoveContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[14]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1009,7 +1089,7 @@ func (x *RemoveContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveContainerRequest.ProtoReflect.Descriptor instead.
 func (*RemoveContainerRequest) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{14}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RemoveContainerRequest) GetId() string {
@@ -1027,7 +1107,7 @@ type RemoveContainerResponse struct {
 
 func (x *RemoveContainerResponse) Reset() {
 	*x = RemoveContainerResponse{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[15]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1039,7 +1119,7 @@ func (x *RemoveContainerResponse) String() string {
 func (*RemoveContainerResponse) ProtoMessage() {}
 
 func (x *RemoveContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[15]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1052,7 +1132,7 @@ func (x *RemoveContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveContainerResponse.ProtoReflect.Descriptor instead.
 func (*RemoveContainerResponse) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{15}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{17}
 }
 
 type ReopenLogRequest struct {
@@ -1064,7 +1144,7 @@ type ReopenLogRequest struct {
 
 func (x *ReopenLogRequest) Reset() {
 	*x = ReopenLogRequest{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[16]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1076,7 +1156,7 @@ func (x *ReopenLogRequest) String() string {
 func (*ReopenLogRequest) ProtoMessage() {}
 
 func (x *ReopenLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[16]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1089,7 +1169,7 @@ func (x *ReopenLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReopenLogRequest.ProtoReflect.Descriptor instead.
 func (*ReopenLogRequest) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{16}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ReopenLogRequest) GetId() string {
@@ -1107,7 +1187,7 @@ type ReopenLogResponse struct {
 
 func (x *ReopenLogResponse) Reset() {
 	*x = ReopenLogResponse{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[17]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1119,7 +1199,7 @@ func (x *ReopenLogResponse) String() string {
 func (*ReopenLogResponse) ProtoMessage() {}
 
 func (x *ReopenLogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[17]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1132,7 +1212,7 @@ func (x *ReopenLogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReopenLogResponse.ProtoReflect.Descriptor instead.
 func (*ReopenLogResponse) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{17}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{19}
 }
 
 type StopRequest struct {
@@ -1143,7 +1223,7 @@ type StopRequest struct {
 
 func (x *StopRequest) Reset() {
 	*x = StopRequest{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[18]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1155,7 +1235,7 @@ func (x *StopRequest) String() string {
 func (*StopRequest) ProtoMessage() {}
 
 func (x *StopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[18]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1168,7 +1248,7 @@ func (x *StopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopRequest.ProtoReflect.Descriptor instead.
 func (*StopRequest) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{18}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{20}
 }
 
 type StopResponse struct {
@@ -1179,7 +1259,7 @@ type StopResponse struct {
 
 func (x *StopResponse) Reset() {
 	*x = StopResponse{}
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[19]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1191,7 +1271,7 @@ func (x *StopResponse) String() string {
 func (*StopResponse) ProtoMessage() {}
 
 func (x *StopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_sandbox_shim_api_shim_proto_msgTypes[19]
+	mi := &file_sandbox_shim_api_shim_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1204,7 +1284,7 @@ func (x *StopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopResponse.ProtoReflect.Descriptor instead.
 func (*StopResponse) Descriptor() ([]byte, []int) {
-	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{19}
+	return file_sandbox_shim_api_shim_proto_rawDescGZIP(), []int{21}
 }
 
 var File_sandbox_shim_api_shim_proto protoreflect.FileDescriptor
@@ -1245,7 +1325,10 @@ const file_sandbox_shim_api_shim_proto_rawDesc = "" +
 	"\amessage\x18\t \x01(\tR\amessage\x120\n" +
 	"\x04user\x18\n" +
 	" \x01(\v2\x1c.crivz.guest.v1.ResolvedUserR\x04user\x12*\n" +
-	"\x11log_lines_dropped\x18\v \x01(\x04R\x0flogLinesDropped\"L\n" +
+	"\x11log_lines_dropped\x18\v \x01(\x04R\x0flogLinesDropped\"\x15\n" +
+	"\x13StartMachineRequest\"B\n" +
+	"\x14StartMachineResponse\x12*\n" +
+	"\x05steps\x18\x01 \x03(\v2\x14.crivz.guest.v1.StepR\x05steps\"L\n" +
 	"\vBootRequest\x12=\n" +
 	"\asandbox\x18\x01 \x01(\v2#.crivz.guest.v1.SetUpSandboxRequestR\asandbox\"g\n" +
 	"\fBootResponse\x12*\n" +
@@ -1293,11 +1376,12 @@ const file_sandbox_shim_api_shim_proto_rawDesc = "" +
 	"\aCREATED\x10\x00\x12\v\n" +
 	"\aRUNNING\x10\x01\x12\n" +
 	"\n" +
-	"\x06EXITED\x10\x022\x84\n" +
+	"\x06EXITED\x10\x022\xdd\n" +
 	"\n" +
 	"\x04Shim\x12B\n" +
 	"\x05Hello\x12\x1b.crivz.shim.v1.HelloRequest\x1a\x1c.crivz.shim.v1.HelloResponse\x12?\n" +
-	"\x05Watch\x12\x1b.crivz.shim.v1.WatchRequest\x1a\x17.crivz.shim.v1.PodState0\x01\x12?\n" +
+	"\x05Watch\x12\x1b.crivz.shim.v1.WatchRequest\x1a\x17.crivz.shim.v1.PodState0\x01\x12W\n" +
+	"\fStartMachine\x12\".crivz.shim.v1.StartMachineRequest\x1a#.crivz.shim.v1.StartMachineResponse\x12?\n" +
 	"\x04Boot\x12\x1a.crivz.shim.v1.BootRequest\x1a\x1b.crivz.shim.v1.BootResponse\x12`\n" +
 	"\x0fCreateContainer\x12%.crivz.shim.v1.CreateContainerRequest\x1a&.crivz.shim.v1.CreateContainerResponse\x12U\n" +
 	"\x0eStartContainer\x12$.crivz.shim.v1.StartContainerRequest\x1a\x1d.crivz.shim.v1.ContainerState\x12S\n" +
@@ -1327,7 +1411,7 @@ func file_sandbox_shim_api_shim_proto_rawDescGZIP() []byte {
 }
 
 var file_sandbox_shim_api_shim_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_sandbox_shim_api_shim_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_sandbox_shim_api_shim_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_sandbox_shim_api_shim_proto_goTypes = []any{
 	(VM)(0),                             // 0: crivz.shim.v1.VM
 	(Phase)(0),                          // 1: crivz.shim.v1.Phase
@@ -1336,91 +1420,96 @@ var file_sandbox_shim_api_shim_proto_goTypes = []any{
 	(*WatchRequest)(nil),                // 4: crivz.shim.v1.WatchRequest
 	(*PodState)(nil),                    // 5: crivz.shim.v1.PodState
 	(*ContainerState)(nil),              // 6: crivz.shim.v1.ContainerState
-	(*BootRequest)(nil),                 // 7: crivz.shim.v1.BootRequest
-	(*BootResponse)(nil),                // 8: crivz.shim.v1.BootResponse
-	(*CreateContainerRequest)(nil),      // 9: crivz.shim.v1.CreateContainerRequest
-	(*CreateContainerResponse)(nil),     // 10: crivz.shim.v1.CreateContainerResponse
-	(*Volume)(nil),                      // 11: crivz.shim.v1.Volume
-	(*StartContainerRequest)(nil),       // 12: crivz.shim.v1.StartContainerRequest
-	(*StopContainerRequest)(nil),        // 13: crivz.shim.v1.StopContainerRequest
-	(*AdjustMachineRequest)(nil),        // 14: crivz.shim.v1.AdjustMachineRequest
-	(*AdjustMachineResponse)(nil),       // 15: crivz.shim.v1.AdjustMachineResponse
-	(*RemoveContainerRequest)(nil),      // 16: crivz.shim.v1.RemoveContainerRequest
-	(*RemoveContainerResponse)(nil),     // 17: crivz.shim.v1.RemoveContainerResponse
-	(*ReopenLogRequest)(nil),            // 18: crivz.shim.v1.ReopenLogRequest
-	(*ReopenLogResponse)(nil),           // 19: crivz.shim.v1.ReopenLogResponse
-	(*StopRequest)(nil),                 // 20: crivz.shim.v1.StopRequest
-	(*StopResponse)(nil),                // 21: crivz.shim.v1.StopResponse
-	(*api.Step)(nil),                    // 22: crivz.guest.v1.Step
-	(*api.ResolvedUser)(nil),            // 23: crivz.guest.v1.ResolvedUser
-	(*api.SetUpSandboxRequest)(nil),     // 24: crivz.guest.v1.SetUpSandboxRequest
-	(*api.Lease)(nil),                   // 25: crivz.guest.v1.Lease
-	(*api.CreateContainerRequest)(nil),  // 26: crivz.guest.v1.CreateContainerRequest
-	(*api.IDMapping)(nil),               // 27: crivz.guest.v1.IDMapping
-	(*api.ExecRequest)(nil),             // 28: crivz.guest.v1.ExecRequest
-	(*api.WaitRequest)(nil),             // 29: crivz.guest.v1.WaitRequest
-	(*api.RemoveExecRequest)(nil),       // 30: crivz.guest.v1.RemoveExecRequest
-	(*api.ResizePtyRequest)(nil),        // 31: crivz.guest.v1.ResizePtyRequest
-	(*api.UpdateContainerRequest)(nil),  // 32: crivz.guest.v1.UpdateContainerRequest
-	(*api.StatsRequest)(nil),            // 33: crivz.guest.v1.StatsRequest
-	(*api.ExecResponse)(nil),            // 34: crivz.guest.v1.ExecResponse
-	(*api.WaitResponse)(nil),            // 35: crivz.guest.v1.WaitResponse
-	(*api.RemoveExecResponse)(nil),      // 36: crivz.guest.v1.RemoveExecResponse
-	(*api.ResizePtyResponse)(nil),       // 37: crivz.guest.v1.ResizePtyResponse
-	(*api.UpdateContainerResponse)(nil), // 38: crivz.guest.v1.UpdateContainerResponse
-	(*api.StatsResponse)(nil),           // 39: crivz.guest.v1.StatsResponse
+	(*StartMachineRequest)(nil),         // 7: crivz.shim.v1.StartMachineRequest
+	(*StartMachineResponse)(nil),        // 8: crivz.shim.v1.StartMachineResponse
+	(*BootRequest)(nil),                 // 9: crivz.shim.v1.BootRequest
+	(*BootResponse)(nil),                // 10: crivz.shim.v1.BootResponse
+	(*CreateContainerRequest)(nil),      // 11: crivz.shim.v1.CreateContainerRequest
+	(*CreateContainerResponse)(nil),     // 12: crivz.shim.v1.CreateContainerResponse
+	(*Volume)(nil),                      // 13: crivz.shim.v1.Volume
+	(*StartContainerRequest)(nil),       // 14: crivz.shim.v1.StartContainerRequest
+	(*StopContainerRequest)(nil),        // 15: crivz.shim.v1.StopContainerRequest
+	(*AdjustMachineRequest)(nil),        // 16: crivz.shim.v1.AdjustMachineRequest
+	(*AdjustMachineResponse)(nil),       // 17: crivz.shim.v1.AdjustMachineResponse
+	(*RemoveContainerRequest)(nil),      // 18: crivz.shim.v1.RemoveContainerRequest
+	(*RemoveContainerResponse)(nil),     // 19: crivz.shim.v1.RemoveContainerResponse
+	(*ReopenLogRequest)(nil),            // 20: crivz.shim.v1.ReopenLogRequest
+	(*ReopenLogResponse)(nil),           // 21: crivz.shim.v1.ReopenLogResponse
+	(*StopRequest)(nil),                 // 22: crivz.shim.v1.StopRequest
+	(*StopResponse)(nil),                // 23: crivz.shim.v1.StopResponse
+	(*api.Step)(nil),                    // 24: crivz.guest.v1.Step
+	(*api.ResolvedUser)(nil),            // 25: crivz.guest.v1.ResolvedUser
+	(*api.SetUpSandboxRequest)(nil),     // 26: crivz.guest.v1.SetUpSandboxRequest
+	(*api.Lease)(nil),                   // 27: crivz.guest.v1.Lease
+	(*api.CreateContainerRequest)(nil),  // 28: crivz.guest.v1.CreateContainerRequest
+	(*api.IDMapping)(nil),               // 29: crivz.guest.v1.IDMapping
+	(*api.ExecRequest)(nil),             // 30: crivz.guest.v1.ExecRequest
+	(*api.WaitRequest)(nil),             // 31: crivz.guest.v1.WaitRequest
+	(*api.RemoveExecRequest)(nil),       // 32: crivz.guest.v1.RemoveExecRequest
+	(*api.ResizePtyRequest)(nil),        // 33: crivz.guest.v1.ResizePtyRequest
+	(*api.UpdateContainerRequest)(nil),  // 34: crivz.guest.v1.UpdateContainerRequest
+	(*api.StatsRequest)(nil),            // 35: crivz.guest.v1.StatsRequest
+	(*api.ExecResponse)(nil),            // 36: crivz.guest.v1.ExecResponse
+	(*api.WaitResponse)(nil),            // 37: crivz.guest.v1.WaitResponse
+	(*api.RemoveExecResponse)(nil),      // 38: crivz.guest.v1.RemoveExecResponse
+	(*api.ResizePtyResponse)(nil),       // 39: crivz.guest.v1.ResizePtyResponse
+	(*api.UpdateContainerResponse)(nil), // 40: crivz.guest.v1.UpdateContainerResponse
+	(*api.StatsResponse)(nil),           // 41: crivz.guest.v1.StatsResponse
 }
 var file_sandbox_shim_api_shim_proto_depIdxs = []int32{
 	0,  // 0: crivz.shim.v1.PodState.vm:type_name -> crivz.shim.v1.VM
 	6,  // 1: crivz.shim.v1.PodState.containers:type_name -> crivz.shim.v1.ContainerState
-	22, // 2: crivz.shim.v1.PodState.steps:type_name -> crivz.guest.v1.Step
+	24, // 2: crivz.shim.v1.PodState.steps:type_name -> crivz.guest.v1.Step
 	1,  // 3: crivz.shim.v1.ContainerState.phase:type_name -> crivz.shim.v1.Phase
-	23, // 4: crivz.shim.v1.ContainerState.user:type_name -> crivz.guest.v1.ResolvedUser
-	24, // 5: crivz.shim.v1.BootRequest.sandbox:type_name -> crivz.guest.v1.SetUpSandboxRequest
-	22, // 6: crivz.shim.v1.BootResponse.steps:type_name -> crivz.guest.v1.Step
-	25, // 7: crivz.shim.v1.BootResponse.lease:type_name -> crivz.guest.v1.Lease
-	26, // 8: crivz.shim.v1.CreateContainerRequest.container:type_name -> crivz.guest.v1.CreateContainerRequest
-	11, // 9: crivz.shim.v1.CreateContainerRequest.volumes:type_name -> crivz.shim.v1.Volume
-	6,  // 10: crivz.shim.v1.CreateContainerResponse.state:type_name -> crivz.shim.v1.ContainerState
-	27, // 11: crivz.shim.v1.Volume.uid_mappings:type_name -> crivz.guest.v1.IDMapping
-	27, // 12: crivz.shim.v1.Volume.gid_mappings:type_name -> crivz.guest.v1.IDMapping
-	2,  // 13: crivz.shim.v1.Shim.Hello:input_type -> crivz.shim.v1.HelloRequest
-	4,  // 14: crivz.shim.v1.Shim.Watch:input_type -> crivz.shim.v1.WatchRequest
-	7,  // 15: crivz.shim.v1.Shim.Boot:input_type -> crivz.shim.v1.BootRequest
-	9,  // 16: crivz.shim.v1.Shim.CreateContainer:input_type -> crivz.shim.v1.CreateContainerRequest
-	12, // 17: crivz.shim.v1.Shim.StartContainer:input_type -> crivz.shim.v1.StartContainerRequest
-	13, // 18: crivz.shim.v1.Shim.StopContainer:input_type -> crivz.shim.v1.StopContainerRequest
-	16, // 19: crivz.shim.v1.Shim.RemoveContainer:input_type -> crivz.shim.v1.RemoveContainerRequest
-	18, // 20: crivz.shim.v1.Shim.ReopenLog:input_type -> crivz.shim.v1.ReopenLogRequest
-	28, // 21: crivz.shim.v1.Shim.Exec:input_type -> crivz.guest.v1.ExecRequest
-	29, // 22: crivz.shim.v1.Shim.WaitExec:input_type -> crivz.guest.v1.WaitRequest
-	30, // 23: crivz.shim.v1.Shim.RemoveExec:input_type -> crivz.guest.v1.RemoveExecRequest
-	31, // 24: crivz.shim.v1.Shim.ResizePty:input_type -> crivz.guest.v1.ResizePtyRequest
-	32, // 25: crivz.shim.v1.Shim.UpdateContainer:input_type -> crivz.guest.v1.UpdateContainerRequest
-	14, // 26: crivz.shim.v1.Shim.AdjustMachine:input_type -> crivz.shim.v1.AdjustMachineRequest
-	33, // 27: crivz.shim.v1.Shim.Stats:input_type -> crivz.guest.v1.StatsRequest
-	20, // 28: crivz.shim.v1.Shim.Stop:input_type -> crivz.shim.v1.StopRequest
-	3,  // 29: crivz.shim.v1.Shim.Hello:output_type -> crivz.shim.v1.HelloResponse
-	5,  // 30: crivz.shim.v1.Shim.Watch:output_type -> crivz.shim.v1.PodState
-	8,  // 31: crivz.shim.v1.Shim.Boot:output_type -> crivz.shim.v1.BootResponse
-	10, // 32: crivz.shim.v1.Shim.CreateContainer:output_type -> crivz.shim.v1.CreateContainerResponse
-	6,  // 33: crivz.shim.v1.Shim.StartContainer:output_type -> crivz.shim.v1.ContainerState
-	6,  // 34: crivz.shim.v1.Shim.StopContainer:output_type -> crivz.shim.v1.ContainerState
-	17, // 35: crivz.shim.v1.Shim.RemoveContainer:output_type -> crivz.shim.v1.RemoveContainerResponse
-	19, // 36: crivz.shim.v1.Shim.ReopenLog:output_type -> crivz.shim.v1.ReopenLogResponse
-	34, // 37: crivz.shim.v1.Shim.Exec:output_type -> crivz.guest.v1.ExecResponse
-	35, // 38: crivz.shim.v1.Shim.WaitExec:output_type -> crivz.guest.v1.WaitResponse
-	36, // 39: crivz.shim.v1.Shim.RemoveExec:output_type -> crivz.guest.v1.RemoveExecResponse
-	37, // 40: crivz.shim.v1.Shim.ResizePty:output_type -> crivz.guest.v1.ResizePtyResponse
-	38, // 41: crivz.shim.v1.Shim.UpdateContainer:output_type -> crivz.guest.v1.UpdateContainerResponse
-	15, // 42: crivz.shim.v1.Shim.AdjustMachine:output_type -> crivz.shim.v1.AdjustMachineResponse
-	39, // 43: crivz.shim.v1.Shim.Stats:output_type -> crivz.guest.v1.StatsResponse
-	21, // 44: crivz.shim.v1.Shim.Stop:output_type -> crivz.shim.v1.StopResponse
-	29, // [29:45] is the sub-list for method output_type
-	13, // [13:29] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	25, // 4: crivz.shim.v1.ContainerState.user:type_name -> crivz.guest.v1.ResolvedUser
+	24, // 5: crivz.shim.v1.StartMachineResponse.steps:type_name -> crivz.guest.v1.Step
+	26, // 6: crivz.shim.v1.BootRequest.sandbox:type_name -> crivz.guest.v1.SetUpSandboxRequest
+	24, // 7: crivz.shim.v1.BootResponse.steps:type_name -> crivz.guest.v1.Step
+	27, // 8: crivz.shim.v1.BootResponse.lease:type_name -> crivz.guest.v1.Lease
+	28, // 9: crivz.shim.v1.CreateContainerRequest.container:type_name -> crivz.guest.v1.CreateContainerRequest
+	13, // 10: crivz.shim.v1.CreateContainerRequest.volumes:type_name -> crivz.shim.v1.Volume
+	6,  // 11: crivz.shim.v1.CreateContainerResponse.state:type_name -> crivz.shim.v1.ContainerState
+	29, // 12: crivz.shim.v1.Volume.uid_mappings:type_name -> crivz.guest.v1.IDMapping
+	29, // 13: crivz.shim.v1.Volume.gid_mappings:type_name -> crivz.guest.v1.IDMapping
+	2,  // 14: crivz.shim.v1.Shim.Hello:input_type -> crivz.shim.v1.HelloRequest
+	4,  // 15: crivz.shim.v1.Shim.Watch:input_type -> crivz.shim.v1.WatchRequest
+	7,  // 16: crivz.shim.v1.Shim.StartMachine:input_type -> crivz.shim.v1.StartMachineRequest
+	9,  // 17: crivz.shim.v1.Shim.Boot:input_type -> crivz.shim.v1.BootRequest
+	11, // 18: crivz.shim.v1.Shim.CreateContainer:input_type -> crivz.shim.v1.CreateContainerRequest
+	14, // 19: crivz.shim.v1.Shim.StartContainer:input_type -> crivz.shim.v1.StartContainerRequest
+	15, // 20: crivz.shim.v1.Shim.StopContainer:input_type -> crivz.shim.v1.StopContainerRequest
+	18, // 21: crivz.shim.v1.Shim.RemoveContainer:input_type -> crivz.shim.v1.RemoveContainerRequest
+	20, // 22: crivz.shim.v1.Shim.ReopenLog:input_type -> crivz.shim.v1.ReopenLogRequest
+	30, // 23: crivz.shim.v1.Shim.Exec:input_type -> crivz.guest.v1.ExecRequest
+	31, // 24: crivz.shim.v1.Shim.WaitExec:input_type -> crivz.guest.v1.WaitRequest
+	32, // 25: crivz.shim.v1.Shim.RemoveExec:input_type -> crivz.guest.v1.RemoveExecRequest
+	33, // 26: crivz.shim.v1.Shim.ResizePty:input_type -> crivz.guest.v1.ResizePtyRequest
+	34, // 27: crivz.shim.v1.Shim.UpdateContainer:input_type -> crivz.guest.v1.UpdateContainerRequest
+	16, // 28: crivz.shim.v1.Shim.AdjustMachine:input_type -> crivz.shim.v1.AdjustMachineRequest
+	35, // 29: crivz.shim.v1.Shim.Stats:input_type -> crivz.guest.v1.StatsRequest
+	22, // 30: crivz.shim.v1.Shim.Stop:input_type -> crivz.shim.v1.StopRequest
+	3,  // 31: crivz.shim.v1.Shim.Hello:output_type -> crivz.shim.v1.HelloResponse
+	5,  // 32: crivz.shim.v1.Shim.Watch:output_type -> crivz.shim.v1.PodState
+	8,  // 33: crivz.shim.v1.Shim.StartMachine:output_type -> crivz.shim.v1.StartMachineResponse
+	10, // 34: crivz.shim.v1.Shim.Boot:output_type -> crivz.shim.v1.BootResponse
+	12, // 35: crivz.shim.v1.Shim.CreateContainer:output_type -> crivz.shim.v1.CreateContainerResponse
+	6,  // 36: crivz.shim.v1.Shim.StartContainer:output_type -> crivz.shim.v1.ContainerState
+	6,  // 37: crivz.shim.v1.Shim.StopContainer:output_type -> crivz.shim.v1.ContainerState
+	19, // 38: crivz.shim.v1.Shim.RemoveContainer:output_type -> crivz.shim.v1.RemoveContainerResponse
+	21, // 39: crivz.shim.v1.Shim.ReopenLog:output_type -> crivz.shim.v1.ReopenLogResponse
+	36, // 40: crivz.shim.v1.Shim.Exec:output_type -> crivz.guest.v1.ExecResponse
+	37, // 41: crivz.shim.v1.Shim.WaitExec:output_type -> crivz.guest.v1.WaitResponse
+	38, // 42: crivz.shim.v1.Shim.RemoveExec:output_type -> crivz.guest.v1.RemoveExecResponse
+	39, // 43: crivz.shim.v1.Shim.ResizePty:output_type -> crivz.guest.v1.ResizePtyResponse
+	40, // 44: crivz.shim.v1.Shim.UpdateContainer:output_type -> crivz.guest.v1.UpdateContainerResponse
+	17, // 45: crivz.shim.v1.Shim.AdjustMachine:output_type -> crivz.shim.v1.AdjustMachineResponse
+	41, // 46: crivz.shim.v1.Shim.Stats:output_type -> crivz.guest.v1.StatsResponse
+	23, // 47: crivz.shim.v1.Shim.Stop:output_type -> crivz.shim.v1.StopResponse
+	31, // [31:48] is the sub-list for method output_type
+	14, // [14:31] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_sandbox_shim_api_shim_proto_init() }
@@ -1434,7 +1523,7 @@ func file_sandbox_shim_api_shim_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_sandbox_shim_api_shim_proto_rawDesc), len(file_sandbox_shim_api_shim_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   20,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

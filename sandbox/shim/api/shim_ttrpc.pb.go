@@ -11,6 +11,7 @@ import (
 type ShimService interface {
 	Hello(context.Context, *HelloRequest) (*HelloResponse, error)
 	Watch(context.Context, *WatchRequest, Shim_WatchServer) error
+	StartMachine(context.Context, *StartMachineRequest) (*StartMachineResponse, error)
 	Boot(context.Context, *BootRequest) (*BootResponse, error)
 	CreateContainer(context.Context, *CreateContainerRequest) (*CreateContainerResponse, error)
 	StartContainer(context.Context, *StartContainerRequest) (*ContainerState, error)
@@ -49,6 +50,13 @@ func RegisterShimService(srv *ttrpc.Server, svc ShimService) {
 					return nil, err
 				}
 				return svc.Hello(ctx, &req)
+			},
+			"StartMachine": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req StartMachineRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.StartMachine(ctx, &req)
 			},
 			"Boot": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req BootRequest
@@ -168,6 +176,7 @@ func RegisterShimService(srv *ttrpc.Server, svc ShimService) {
 type ShimClient interface {
 	Hello(context.Context, *HelloRequest) (*HelloResponse, error)
 	Watch(context.Context, *WatchRequest) (Shim_WatchClient, error)
+	StartMachine(context.Context, *StartMachineRequest) (*StartMachineResponse, error)
 	Boot(context.Context, *BootRequest) (*BootResponse, error)
 	CreateContainer(context.Context, *CreateContainerRequest) (*CreateContainerResponse, error)
 	StartContainer(context.Context, *StartContainerRequest) (*ContainerState, error)
@@ -229,6 +238,14 @@ func (x *shimWatchClient) Recv() (*PodState, error) {
 		return nil, err
 	}
 	return m, nil
+}
+
+func (c *shimClient) StartMachine(ctx context.Context, req *StartMachineRequest) (*StartMachineResponse, error) {
+	var resp StartMachineResponse
+	if err := c.client.Call(ctx, "crivz.shim.v1.Shim", "StartMachine", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
 }
 
 func (c *shimClient) Boot(ctx context.Context, req *BootRequest) (*BootResponse, error) {
