@@ -518,7 +518,7 @@ func kvmThere() bool {
 	return err == nil
 }
 
-// BenchmarkBareBoot is the time from New to a guest whose init answers, which a
+// BenchmarkBareBoot is the time from New to a guest whose agent can be dialled, which a
 // sandbox' own start is measured against.
 func BenchmarkBareBoot(b *testing.B) {
 	dir, err := image.DefaultDir()

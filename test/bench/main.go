@@ -139,7 +139,7 @@ func measureKind(o options, guests string, g image.Guest, yard latency) (err err
 		pods.add(l)
 	}
 	boot := p50(bare)
-	table("bare boot to ready, "+kind+" kernel", ms(boot), "", "")
+	table("bare boot to a ready agent, "+kind+" kernel", ms(boot), "", "")
 	table("RunPodSandbox, "+kind+" kernel", ms(p50(pods.run)), ratio(p50(pods.run), boot), "bare boot (goal: at most 1.25)")
 	for _, name := range pods.order {
 		table("  "+name, ms(p50(pods.steps[name])), "", "")
@@ -160,7 +160,7 @@ func measureKind(o options, guests string, g image.Guest, yard latency) (err err
 	return node.streams(driver, guest, kind)
 }
 
-// bareBoot is the time from a machine's New to an init that answers.
+// bareBoot is the time from a machine's New to an agent that can be dialled.
 func bareBoot(driver vmm.Driver, guest vmmtest.Guest) (time.Duration, error) {
 	if err := flag.Set("test.benchtime", "1x"); err != nil {
 		return 0, err
