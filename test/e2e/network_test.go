@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -36,7 +37,7 @@ const ptpNetwork = `{
   }]
 }`
 
-// T42: all addresses and routes and the MTU of the CNI result are the guest's, of
+// T42: all addresses and routes, MTU and MAC of the CNI result are the guest's, of
 // both families. T43: without a DNS configuration the pod has the host's.
 func TestNetworkOfAConfiguration(t *testing.T) {
 	n := suite.node
@@ -77,6 +78,14 @@ func TestNetworkOfAConfiguration(t *testing.T) {
 	}
 	if got := p.output(t, id, "/bin/cat", "/sys/class/net/eth0/mtu"); got != "1400\n" {
 		t.Errorf("MTU %q", got)
+	}
+	// Networks that look at who sends know the MAC of the interface that CNI made.
+	link, err := exec.Command("nsenter", "--net="+filepath.Join(n.run, "network", "netns", p.id), "ip", "-o", "link", "show", network.InterfaceName).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, link)
+	}
+	if mac := strings.TrimSpace(p.output(t, id, "/bin/cat", "/sys/class/net/eth0/address")); !strings.Contains(string(link), "link/ether "+mac+" ") {
+		t.Errorf("the guest's MAC is %q, CNI's interface is %s", mac, link)
 	}
 	all := hex.EncodeToString(ip6.AsSlice())
 	if got := p.output(t, id, "/bin/cat", "/proc/net/if_inet6"); !strings.Contains(got, all) {
