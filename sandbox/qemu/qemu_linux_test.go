@@ -480,13 +480,13 @@ func TestProbe(t *testing.T) {
 	cpu := platforms[g.Arch].cpuTCG
 	for _, test := range []struct {
 		name    string
-		sed     string // what it does to an argument
+		edit    string // what it does to the argument a
 		timeout time.Duration
 		err     string
 	}{
 		{"works", "", time.Minute, ""},
-		{"boots without end", "s/panic=-1/console=null/", time.Second, "did not boot with KVM within 1s"},
-		{"no QEMU", "s/accel=/nonsense=/", time.Minute, "nonsense"},
+		{"stops half-way", "a=${a/panic=-1/panic=0 rdinit=/none}", 5 * time.Second, "did not boot with KVM within 5s"},
+		{"no QEMU", "a=${a/accel=/nonsense=}", time.Minute, "nonsense"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			dir, err := os.MkdirTemp("", "qemu") // where QEMU's user can reach it
@@ -495,7 +495,17 @@ func TestProbe(t *testing.T) {
 			}
 			defer os.RemoveAll(dir)
 			script := filepath.Join(dir, "qemu")
-			text := fmt.Sprintf("#!/bin/bash\nargs=()\nfor a; do args+=(\"$(sed 's/accel=kvm/accel=tcg/; s/^host$/%s/; %s' <<<\"$a\")\"); done\nexec %s \"${args[@]}\"\n", cpu, test.sed, binary)
+			// No program runs for an argument: the host may be slow and the time is short.
+			text := fmt.Sprintf(`#!/bin/bash
+args=()
+for a; do
+	a=${a/accel=kvm/accel=tcg}
+	[[ $a != host ]] || a=%s
+	%s
+	args+=("$a")
+done
+exec %s "${args[@]}"
+`, cpu, test.edit, binary)
 			if err := errors.Join(os.WriteFile(script, []byte(text), 0o755), os.Chmod(dir, 0o755)); err != nil {
 				t.Fatal(err)
 			}
