@@ -53,10 +53,10 @@ var (
 		step
 		part string // of Agent.missing
 	}{
-		{step{"kernel settings", kernelSettings}, ""},
 		{step{"network modules", loadNetwork}, ""},
 		{step{"sandbox can be set up", func(b *bootState) error { close(b.networked); return nil }}, ""},
 		{step{"sandbox set-up", awaitSetUp}, ""},
+		{step{"kernel settings", kernelSettings}, ""},
 		{step{"modules", loadRest}, ""},
 		{step{"cgroups", mountCgroups}, "cgroup"},
 		{step{"scratch disk", mountScratch}, "scratch"},
@@ -294,7 +294,12 @@ func loadTransport(b *bootState) error {
 
 // loadNetwork loads what the pod's NIC needs.
 func loadNetwork(b *bootState) error {
-	return b.load(func(name string) bool { return name == "virtio_net" || strings.HasSuffix(name, "failover") })
+	// See RunModprobe. DHCP's sockets are the first to need it.
+	err := os.WriteFile("/proc/sys/kernel/modprobe", []byte(b.paths.exe), 0)
+	if errors.Is(err, os.ErrNotExist) {
+		err = nil
+	}
+	return errors.Join(err, b.load(func(name string) bool { return name == "virtio_net" || strings.HasSuffix(name, "failover") }))
 }
 
 func loadRest(b *bootState) error {
@@ -392,11 +397,6 @@ func kernelSettings(b *bootState) error {
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)
 		}
-	}
-	// See RunModprobe.
-	err := os.WriteFile("/proc/sys/kernel/modprobe", []byte(b.paths.exe), 0)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }

@@ -44,18 +44,18 @@ type podReply struct {
 	err   error
 }
 
-// startPodInit forks pod-init from the binary at exe into new namespaces: IPC and UTS
-// ones, a network one if ownNet, a pid one if shared, and a user one, which owns the
-// others, if ids are mapped.
-func startPodInit(r *reaper, exe string, ownNet, sharedPID bool, ids *idMaps) (*podClient, error) {
+// startPodInit forks pod-init from the binary at exe into new namespaces: IPC, UTS and
+// network ones if apart, a pid one if sharedPID, and a user one, which owns the others,
+// if ids are mapped.
+func startPodInit(r *reaper, exe string, apart, sharedPID bool, ids *idMaps) (*podClient, error) {
 	conn, child, err := packetPair()
 	if err != nil {
 		return nil, err
 	}
 	defer child.Close()
-	flags := uintptr(unix.CLONE_NEWIPC | unix.CLONE_NEWUTS)
-	if ownNet {
-		flags |= unix.CLONE_NEWNET
+	var flags uintptr
+	if apart {
+		flags |= unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWNET
 	}
 	if sharedPID {
 		flags |= unix.CLONE_NEWPID

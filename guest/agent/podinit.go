@@ -30,7 +30,8 @@ const (
 // podInitFD is pod-init's end of its control socket.
 const podInitFD = 3
 
-// podSetup is what pod-init does once, inside the pod's namespaces.
+// podSetup is what is done once, inside the pod's namespaces: by PID 1 if they are its
+// own, else by pod-init.
 type podSetup struct {
 	Hostname   string            `json:"hostname"`
 	Interfaces []podInterface    `json:"interfaces,omitempty"`
@@ -38,8 +39,8 @@ type podSetup struct {
 	Sysctls    map[string]string `json:"sysctls,omitempty"`
 }
 
-// podInit is the process that holds the pod's namespaces and is the parent of
-// every container and exec (T21). It decides nothing: PID 1 tells it what to
+// podInit is the process that holds the pod's namespaces, where they are not the
+// guest's own, and is the parent of every container and exec (T21). It decides nothing: PID 1 tells it what to
 // fork, and it tells PID 1 what ended.
 type podInit struct {
 	reaper *reaper
@@ -122,16 +123,21 @@ func (p *podInit) reply(seq uint64, steps []namedStep, err error, fds ...int) {
 
 func (p *podInit) setup(m *message) {
 	var s stepper
+	m.Setup.apply(&s)
+	p.reply(m.Seq, s.steps, s.err)
+}
+
+// apply sets the caller's namespaces up.
+func (setup *podSetup) apply(s *stepper) {
 	s.run("hostname", func() error {
-		if m.Setup.Hostname == "" {
+		if setup.Hostname == "" {
 			return nil
 		}
-		return os.NewSyscallError("sethostname", unix.Sethostname([]byte(m.Setup.Hostname)))
+		return os.NewSyscallError("sethostname", unix.Sethostname([]byte(setup.Hostname)))
 	})
-	s.run("interfaces", func() error { return setUpInterfaces(m.Setup.Interfaces) })
-	s.run("routes", func() error { return setUpRoutes(m.Setup.Routes, m.Setup.Interfaces) })
-	s.run("sysctls", func() error { return setSysctls("/proc/sys", m.Setup.Sysctls) })
-	p.reply(m.Seq, s.steps, s.err)
+	s.run("interfaces", func() error { return setUpInterfaces(setup.Interfaces) })
+	s.run("routes", func() error { return setUpRoutes(setup.Routes, setup.Interfaces) })
+	s.run("sysctls", func() error { return setSysctls("/proc/sys", setup.Sysctls) })
 }
 
 func (p *podInit) start(m *message, fds []int) {

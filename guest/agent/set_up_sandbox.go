@@ -64,26 +64,28 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 			})
 		}
 	}
-	// The guest's own network namespace is the pod's: nobody else is in it, and to make
-	// another and move the NICs there takes the kernel as long as all that follows. A
-	// pod with a user namespace needs one that belongs to that.
-	ownNet := ids != nil || os.Getpid() != 1 // tests
-	s.run("pod-init", func() error {
-		pod, err := startPodInit(a.reaper, a.paths.exe, ownNet, r.PidMode == api.NamespaceMode_POD, ids)
+	// The guest's own namespaces are the pod's: nobody else is in them, and to make others,
+	// to move the NICs there and to wait until pod-init has set them up takes an emulated
+	// guest 130 ms. A pod with a user namespace needs some that belong to that.
+	apart := ids != nil || os.Getpid() != 1 // tests
+	podInit := func() (err error) {
+		sb.pod, err = startPodInit(a.reaper, a.paths.exe, apart, r.PidMode == api.NamespaceMode_POD, ids)
 		if err != nil {
 			return err
 		}
 		// T25: a container that eats all memory must not take the pod's parent
 		// along. What it forks sets its own value.
-		if err := os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pod.pid), []byte("-999"), 0); err != nil {
+		if err := os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", sb.pod.pid), []byte("-999"), 0); err != nil {
 			// Tests may run without CAP_SYS_RESOURCE; a guest is no worse than unprotected.
 			a.log.Printf("protect pod-init from the OOM killer: %v", err)
 		}
-		sb.pod = pod
-		go a.watchPodInit(pod)
-		sb.netns, err = os.Open("/proc/" + strconv.Itoa(pod.pid) + "/ns/net")
+		go a.watchPodInit(sb.pod)
+		sb.netns, err = os.Open("/proc/" + strconv.Itoa(sb.pod.pid) + "/ns/net")
 		return err
-	})
+	}
+	if apart {
+		s.run("pod-init", podInit)
+	}
 	s.run("find interfaces", func() error {
 		for i, in := range r.Interfaces {
 			link, err := linkByMAC(in.Mac)
@@ -91,7 +93,7 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 				return err
 			}
 			setup.Interfaces[i].Index, setup.Interfaces[i].mac = link.Index, link.HardwareAddr
-			if !ownNet {
+			if !apart {
 				continue
 			}
 			if err := moveLink(link.Index, sb.pod.pid); err != nil {
@@ -104,9 +106,14 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 		s.run("user namespace", func() error { return a.useIDMaps(sb.pod.pid) })
 	}
 	s.run("pod files", func() error { return a.writePodFiles(r, ids) })
-	if s.err == nil {
+	switch {
+	case s.err != nil:
+	case apart:
 		reply, err := sb.pod.call(ctx, &message{Op: opSetup, Setup: setup}, nil)
 		s.steps, s.err = append(s.steps, reply.steps...), err
+	default:
+		setup.apply(&s)
+		s.run("pod-init", podInit) // whose own start nobody waits for
 	}
 	resp := &api.SetUpSandboxResponse{}
 	if s.err == nil && sb.dhcp != nil {
