@@ -82,9 +82,11 @@ type Agent struct {
 
 // sandbox is what SetUpSandbox made.
 type sandbox struct {
+	forked  chan struct{} // closed when there is pod, or will never be one
 	pod     *podClient
 	pidMode api.NamespaceMode
-	pidsMax int64 // of all containers together; 0: no bound
+	pidsMax int64  // of all containers together; 0: no bound
+	proc    string // of a process in the pod's namespaces: /proc/PID
 	netns   *os.File
 	ids     *idMaps // nil: no user namespace
 	dhcp    *dhcp   // nil: the host gave the addresses

@@ -43,7 +43,7 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 		a.mu.Unlock()
 		return nil, existsf("set up sandbox: this VM has one")
 	}
-	sb := &sandbox{pidMode: r.PidMode, ids: ids, pidsMax: r.PidsMax}
+	sb := &sandbox{forked: make(chan struct{}), pidMode: r.PidMode, ids: ids, pidsMax: r.PidsMax}
 	a.sandbox = sb
 	a.mu.Unlock()
 	close(a.setUpBegun)
@@ -68,24 +68,20 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 	// to move the NICs there and to wait until pod-init has set them up takes an emulated
 	// guest 130 ms. A pod with a user namespace needs some that belong to that.
 	apart := ids != nil || os.Getpid() != 1 // tests
-	podInit := func() (err error) {
-		sb.pod, err = startPodInit(a.reaper, a.paths.exe, apart, r.PidMode == api.NamespaceMode_POD, ids)
-		if err != nil {
-			return err
-		}
-		// T25: a container that eats all memory must not take the pod's parent
-		// along. What it forks sets its own value.
-		if err := os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", sb.pod.pid), []byte("-999"), 0); err != nil {
-			// Tests may run without CAP_SYS_RESOURCE; a guest is no worse than unprotected.
-			a.log.Printf("protect pod-init from the OOM killer: %v", err)
-		}
-		go a.watchPodInit(sb.pod)
-		sb.netns, err = os.Open("/proc/" + strconv.Itoa(sb.pod.pid) + "/ns/net")
-		return err
-	}
+	sb.proc = "/proc/self"
 	if apart {
-		s.run("pod-init", podInit)
+		s.run("pod-init", func() error {
+			if err := a.forkPodInit(sb, apart); err != nil {
+				return err
+			}
+			sb.proc = "/proc/" + strconv.Itoa(sb.pod.pid)
+			return nil
+		})
 	}
+	s.run("network namespace", func() (err error) {
+		sb.netns, err = os.Open(sb.proc + "/ns/net")
+		return err
+	})
 	s.run("find interfaces", func() error {
 		for i, in := range r.Interfaces {
 			link, err := linkByMAC(in.Mac)
@@ -113,7 +109,6 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 		s.steps, s.err = append(s.steps, reply.steps...), err
 	default:
 		setup.apply(&s)
-		s.run("pod-init", podInit) // whose own start nobody waits for
 	}
 	resp := &api.SetUpSandboxResponse{}
 	if s.err == nil && sb.dhcp != nil {
@@ -133,8 +128,49 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 	a.mu.Lock()
 	sb.ready = true
 	a.mu.Unlock()
+	if !apart {
+		// The first container needs it, and an emulated guest starts it in 40 ms.
+		go func() {
+			defer a.crash()
+			if err := a.forkPodInit(sb, apart); err != nil {
+				a.log.Printf("%v: the pod is lost", err)
+				a.end()
+			}
+		}()
+	}
 	resp.Steps = apiSteps(s.steps)
 	return resp, nil
+}
+
+// forkPodInit ends with sb.pod or an error, and sb.forked closed.
+func (a *Agent) forkPodInit(sb *sandbox, apart bool) error {
+	defer close(sb.forked)
+	pod, err := startPodInit(a.reaper, a.paths.exe, apart, sb.pidMode == api.NamespaceMode_POD, sb.ids)
+	if err != nil {
+		return err
+	}
+	// T25: a container that eats all memory must not take the pod's parent
+	// along. What it forks sets its own value.
+	if err := os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pod.pid), []byte("-999"), 0); err != nil {
+		// Tests may run without CAP_SYS_RESOURCE; a guest is no worse than unprotected.
+		a.log.Printf("protect pod-init from the OOM killer: %v", err)
+	}
+	sb.pod = pod
+	go a.watchPodInit(pod)
+	return nil
+}
+
+// podInit waits for pod-init.
+func (sb *sandbox) podInit(ctx context.Context) (*podClient, error) {
+	select {
+	case <-sb.forked:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("wait for pod-init: %w", ctx.Err())
+	}
+	if sb.pod == nil {
+		return nil, unavailablef("there is no pod-init")
+	}
+	return sb.pod, nil
 }
 
 func apiSteps(steps []namedStep) []*api.Step {

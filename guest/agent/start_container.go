@@ -89,6 +89,11 @@ func (a *Agent) StartContainer(ctx context.Context, r *api.StartContainerRequest
 func (a *Agent) launch(ctx context.Context, sb *sandbox, p *process, cg cgroup, start *podStart, config *container.Config, join *os.File, ended func()) error {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
+	pod, err := sb.podInit(ctx)
+	if err != nil {
+		p.fail()
+		return err
+	}
 	conn, child, err := configSocket()
 	if err != nil {
 		p.fail()
@@ -116,7 +121,7 @@ func (a *Agent) launch(ctx context.Context, sb *sandbox, p *process, cg cgroup, 
 		fds = append(fds, int(p.devpts.Fd()))
 		config.TerminalsFD = 4
 	}
-	reply, err := sb.pod.call(ctx, &message{Op: opStart, Start: start}, func(ws unix.WaitStatus, at time.Time) {
+	reply, err := pod.call(ctx, &message{Op: opStart, Start: start}, func(ws unix.WaitStatus, at time.Time) {
 		go a.finish(p, ws, at, ended)
 	}, fds...)
 	unix.Close(fd)

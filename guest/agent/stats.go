@@ -60,7 +60,7 @@ func (a *Agent) Stats(ctx context.Context, r *api.StatsRequest) (*api.StatsRespo
 		out.Containers = append(out.Containers, s)
 	}
 	// The process's view is its network namespace's.
-	counters, err := os.ReadFile("/proc/" + strconv.Itoa(sb.pod.pid) + "/net/dev")
+	counters, err := os.ReadFile(sb.proc + "/net/dev")
 	if err != nil {
 		return nil, fmt.Errorf("network counters of the pod: %w", err)
 	}
