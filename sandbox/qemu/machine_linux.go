@@ -296,13 +296,15 @@ func (m *machine) launch() (_ *qmpClient, err error) {
 	a.add("-mon", "chardev=qmp,mode=control")
 	a.socket("vsock", vsockFD)
 	a.device(map[string]any{"driver": "vhost-user-vsock-pci", "chardev": "vsock"})
+	var servers []shareServer
 	for i, s := range m.config.Shares {
-		near, err := m.serveShare(i, s, root)
+		server, conn, err := m.shareServer(i, s, root)
 		if err != nil {
 			return fail(fmt.Errorf("share %s: %w", s.Tag, err))
 		}
-		ours = append(ours, near)
-		a.share(i, s, inherit(near))
+		ours = append(ours, server.listener, conn)
+		a.share(i, s, inherit(conn))
+		servers = append(servers, server)
 	}
 
 	cmd := exec.Command(m.binary, a.list...)
@@ -319,50 +321,65 @@ func (m *machine) launch() (_ *qmpClient, err error) {
 		return fail(err)
 	}
 	m.adopt(vm, true)
+	// QEMU loads the kernel first, and needs them then.
+	for _, s := range servers {
+		c, err := launch("virtiofsd of share "+s.tag, s.cmd, []*os.File{s.listener}, s.keepCapabilities)
+		if err != nil {
+			m.die(err)
+			break
+		}
+		m.adopt(c, false)
+	}
 	monitor := newQMPClient(qmpConn, m.event)
 	go m.supervise(monitor, vsockConn.(*net.UnixConn))
 	return monitor, nil
 }
 
-// serveShare starts a share's server and returns a connection to it for QEMU.
-func (m *machine) serveShare(i int, s vmm.Share, root bool) (*os.File, error) {
-	path := filepath.Join(m.config.RunDir, fmt.Sprintf("share-%d.sock", i))
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-	if err != nil {
-		return nil, err
-	}
-	defer l.Close() // and removes path: QEMU gets a connection, not an address
-	listener, err := l.File()
-	if err != nil {
-		return nil, err
-	}
-	defer listener.Close()
-	// The connection waits in the listener's queue; if virtiofsd doesn't live to
-	// accept it, QEMU sees it reset.
-	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: path, Net: "unix"})
-	if err != nil {
-		return nil, err
-	}
-	defer conn.Close()
+// shareServer is a virtiofsd to be started.
+type shareServer struct {
+	tag              string
+	cmd              *exec.Cmd
+	listener         *os.File
+	keepCapabilities bool
+}
 
+// shareServer returns a share's server and a connection to it for QEMU; the caller
+// closes both files.
+func (m *machine) shareServer(i int, s vmm.Share, root bool) (server shareServer, conn *os.File, err error) {
 	dir := s.Dir
 	if s.ReadOnly {
 		dir = filepath.Join(m.config.RunDir, fmt.Sprintf("share-%d", i))
 	}
 	cmd, err := m.virtiofsd.command(dir, s.ReadOnly, root, 3)
 	if err != nil {
-		return nil, err
+		return server, nil, err
 	}
 	cmd.Dir = "/"
+
+	path := filepath.Join(m.config.RunDir, fmt.Sprintf("share-%d.sock", i))
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return server, nil, err
+	}
+	defer l.Close() // and removes path: QEMU gets a connection, not an address
+	// The connection waits in the listener's queue; if virtiofsd doesn't live to
+	// accept it, QEMU sees it reset.
+	c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return server, nil, err
+	}
+	defer c.Close()
+	if conn, err = c.File(); err != nil {
+		return server, nil, err
+	}
+	listener, err := l.File()
+	if err != nil {
+		return server, nil, errors.Join(err, conn.Close())
+	}
 	// T32: Debian 12's virtiofsd acts as the user who makes a file, without that
 	// user's supplementary groups. The guest's kernel has checked the permission
 	// with them; the owner and group are still whom it acts as.
-	c, err := launch("virtiofsd of share "+s.Tag, cmd, []*os.File{listener}, root && !m.virtiofsd.rust)
-	if err != nil {
-		return nil, err
-	}
-	m.adopt(c, false)
-	return conn.File()
+	return shareServer{s.Tag, cmd, listener, root && !m.virtiofsd.rust}, conn, nil
 }
 
 // socketPair returns a connection and the file of its other end.
