@@ -63,6 +63,9 @@ type Agent struct {
 	networked, booted chan struct{}
 	// setUpBegun and setUpEnded are closed by the first SetUpSandbox.
 	setUpBegun, setUpEnded chan struct{}
+	// answered is closed when the host has been sent the answer to that, by sent.
+	answered chan struct{}
+	sent     func()
 	// wantBooted ends what the rest of the boot waits for.
 	wantBooted func()
 	bootWanted chan struct{}
@@ -105,6 +108,7 @@ func newAgent(p paths, log *logger) *Agent {
 		booted:     make(chan struct{}),
 		setUpBegun: make(chan struct{}),
 		setUpEnded: make(chan struct{}),
+		answered:   make(chan struct{}),
 		bootWanted: make(chan struct{}),
 
 		emptyDirTurn: make(chan struct{}, 1),
@@ -112,6 +116,7 @@ func newAgent(p paths, log *logger) *Agent {
 		missing:    map[string]error{},
 		containers: map[string]*ctr{},
 	}
+	a.sent = sync.OnceFunc(func() { close(a.answered) })
 	a.wantBooted = sync.OnceFunc(func() { close(a.bootWanted) })
 	return a
 }

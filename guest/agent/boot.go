@@ -377,7 +377,35 @@ func (a *Agent) serveControl(l net.Listener) error {
 		return err
 	}
 	api.RegisterAgentService(server, a)
-	return server.Serve(context.Background(), l)
+	return server.Serve(context.Background(), controlListener{l, a})
+}
+
+// controlListener's connections tell when the answer to SetUpSandbox has been sent:
+// the first that is written after that has ended, or another one shortly before it.
+type controlListener struct {
+	net.Listener
+	a *Agent
+}
+
+func (l controlListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return controlConn{c, l.a}, nil
+}
+
+type controlConn struct {
+	net.Conn
+	a *Agent
+}
+
+func (c controlConn) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	if isDone(c.a.setUpEnded) {
+		c.a.sent()
+	}
+	return n, err
 }
 
 // kernelSettings are what a node's administrator or systemd sets elsewhere.
@@ -418,10 +446,24 @@ func awaitSetUp(b *bootState) error {
 	if isDone(b.setUpBegun) {
 		select {
 		case <-b.setUpEnded: // bounded: setupTimeout
+			b.awaitAnswer()
 		case <-b.bootWanted:
 		}
 	}
 	return nil
+}
+
+// answerWithin bounds the wait for an answer whose host has hung up.
+const answerWithin = 100 * time.Millisecond
+
+// awaitAnswer waits until the answer to SetUpSandbox is on its way, or somebody needs
+// what is to come after it.
+func (a *Agent) awaitAnswer() {
+	select {
+	case <-a.answered:
+	case <-a.bootWanted:
+	case <-time.After(answerWithin):
+	}
 }
 
 func mountCgroups(b *bootState) error {

@@ -21,7 +21,14 @@ func TestRestOfTheBootWaitsForSetUp(t *testing.T) {
 			close(a.setUpBegun)
 			time.Sleep(time.Second)
 			close(a.setUpEnded)
-		}, time.Second},
+			time.Sleep(10 * time.Millisecond)
+			a.sent()
+			a.sent()
+		}, time.Second + 10*time.Millisecond},
+		{"set up for a host that has hung up", func(a *Agent) {
+			close(a.setUpBegun)
+			close(a.setUpEnded)
+		}, answerWithin},
 		{"set-up needs the boot", func(a *Agent) {
 			close(a.setUpBegun)
 			time.Sleep(10 * time.Millisecond)

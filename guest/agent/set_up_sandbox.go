@@ -132,6 +132,7 @@ func (a *Agent) SetUpSandbox(ctx context.Context, r *api.SetUpSandboxRequest) (*
 		// The first container needs it, and an emulated guest starts it in 40 ms.
 		go func() {
 			defer a.crash()
+			a.awaitAnswer()
 			if err := a.forkPodInit(sb, apart); err != nil {
 				a.log.Printf("%v: the pod is lost", err)
 				a.end()
