@@ -43,6 +43,8 @@ type network struct {
 	list    *libcni.NetworkConfigList
 	source  string // for error messages
 	builtin bool
+	// masquerade are the subnets whose packets into the world get the node's address.
+	masquerade []netip.Prefix
 }
 
 // configuration returns the user's network or else the built-in one.
@@ -101,8 +103,8 @@ func checkList(list *libcni.NetworkConfigList) error {
 	return nil
 }
 
-// builtin is a bridge with host-local addresses, masquerading and host ports.
-// Its leases lie in StateDir: /var/lib/cni belongs to other runtimes.
+// builtin is a bridge with host-local addresses and host ports; see masquerade for the
+// rest. Its leases lie in StateDir: /var/lib/cni belongs to other runtimes.
 func (n *Network) builtin() (*network, error) {
 	type dict = map[string]any
 	var ranges [][]dict
@@ -120,7 +122,7 @@ func (n *Network) builtin() (*network, error) {
 		"name":       builtinName,
 		"plugins": []dict{{
 			"type": "bridge", "bridge": builtinBridge,
-			"isGateway": true, "ipMasq": true, "hairpinMode": true,
+			"isGateway": true, "hairpinMode": true,
 			"ipam": dict{"type": "host-local", "dataDir": filepath.Join(n.cfg.StateDir, "ipam"), "ranges": ranges, "routes": routes},
 		}, {
 			"type": "portmap", "capabilities": dict{capPortMappings: true},
@@ -133,7 +135,11 @@ func (n *Network) builtin() (*network, error) {
 	if err != nil {
 		return nil, fmt.Errorf("built-in network: %w", err)
 	}
-	return &network{list: list, source: "the built-in network", builtin: true}, nil
+	w := &network{list: list, source: "the built-in network", builtin: true}
+	for _, s := range n.cfg.Subnets {
+		w.masquerade = append(w.masquerade, s.Masked())
+	}
+	return w, nil
 }
 
 // supports tells whether a plugin of the list takes a capability argument.
@@ -154,14 +160,8 @@ func (n *Network) installed(w *network) error {
 			}
 		}
 	}
-	if !w.builtin {
-		return nil
-	}
-	tools := []string{"iptables"}
-	if slices.ContainsFunc(n.cfg.Subnets, func(p netip.Prefix) bool { return p.Addr().Is6() }) {
-		tools = append(tools, "ip6tables")
-	}
-	for _, tool := range tools {
+	for _, subnet := range w.masquerade {
+		tool := iptablesOf(subnet)
 		if _, err := exec.LookPath(tool); err != nil {
 			return fmt.Errorf("the built-in network masquerades with %s: %w: install the package iptables: %w", tool, err, errdefs.ErrFailedPrecondition)
 		}
@@ -191,7 +191,7 @@ func findPlugin(name string, dirs []string) (string, error) {
 
 // cni returns libcni with its cache in StateDir and plugins run in NodeNetns.
 func (n *Network) cni() *libcni.CNIConfig {
-	return libcni.NewCNIConfigWithCacheDir(n.cfg.BinDirs, filepath.Join(n.cfg.StateDir, "cni"), &pluginExec{nodeNetns: n.cfg.NodeNetns, portmapTurn: n.portmapTurn})
+	return libcni.NewCNIConfigWithCacheDir(n.cfg.BinDirs, filepath.Join(n.cfg.StateDir, "cni"), &pluginExec{nodeNetns: n.cfg.NodeNetns, firewall: n.firewall})
 }
 
 func runtimeConf(pod Pod, netns string) *libcni.RuntimeConf {
@@ -245,10 +245,10 @@ func addressesOf(result cnitypes.Result) ([]netip.Prefix, cnitypes.DNS, error) {
 type pluginExec struct {
 	version.PluginDecoder
 	nodeNetns string
-	// portmapTurn lets one ADD of the portmap plugin run at a time: two that
+	// firewall lets one ADD of the portmap plugin run at a time: two that
 	// find its top-level chains missing both create them, and the later fails
 	// ("CHAIN_USER_ADD failed (File exists)", plugins 1.1.1).
-	portmapTurn chan struct{}
+	firewall func(context.Context) (done func(), err error)
 }
 
 var _ invoke.Exec = (*pluginExec)(nil)
@@ -259,12 +259,11 @@ func (e *pluginExec) FindInPath(name string, dirs []string) (string, error) {
 
 func (e *pluginExec) ExecPlugin(ctx context.Context, path string, stdin []byte, environ []string) ([]byte, error) {
 	if filepath.Base(path) == "portmap" && slices.Contains(environ, "CNI_COMMAND=ADD") {
-		select {
-		case e.portmapTurn <- struct{}{}:
-			defer func() { <-e.portmapTurn }()
-		case <-ctx.Done():
-			return nil, fmt.Errorf("CNI plugin %s: waited for other pods' host ports to be set up: %w", path, context.Cause(ctx))
+		done, err := e.firewall(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("CNI plugin %s: %w", path, err)
 		}
+		defer done()
 	}
 	var stdout, stderr cappedBuffer
 	err := inNetns(e.nodeNetns, func() error {
@@ -327,12 +326,13 @@ type record struct {
 	Source     string            `json:"source,omitempty"` // for error messages
 	CNIVersion string            `json:"cniVersion"`
 	Plugins    []json.RawMessage `json:"plugins"`
+	Masquerade []netip.Prefix    `json:"masquerade,omitempty"`
 }
 
 const recordSchema = 1
 
 func newRecord(pod Pod, w *network) *record {
-	r := &record{Schema: recordSchema, Pod: pod, Network: w.list.Name, Source: w.source, CNIVersion: w.list.CNIVersion}
+	r := &record{Schema: recordSchema, Pod: pod, Network: w.list.Name, Source: w.source, CNIVersion: w.list.CNIVersion, Masquerade: w.masquerade}
 	for _, p := range w.list.Plugins {
 		r.Plugins = append(r.Plugins, p.Bytes)
 	}

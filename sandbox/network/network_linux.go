@@ -32,8 +32,8 @@ const (
 
 // platform is what a Network is made of here.
 type platform struct {
-	// portmapTurn is a semaphore of one; see pluginExec.
-	portmapTurn chan struct{}
+	// firewallTurn is a semaphore of one; see firewall.
+	firewallTurn chan struct{}
 }
 
 func newNetwork(cfg Config) (*Network, error) {
@@ -68,7 +68,7 @@ func newNetwork(cfg Config) (*Network, error) {
 		}
 		f.Close()
 	}
-	n := &Network{cfg: cfg, platform: platform{portmapTurn: make(chan struct{}, 1)}}
+	n := &Network{cfg: cfg, platform: platform{firewallTurn: make(chan struct{}, 1)}}
 	for _, dir := range []string{n.recordDir(), filepath.Join(cfg.RunDir, "netns")} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("network: %w", err)
@@ -190,6 +190,7 @@ func (n *Network) setUp(ctx context.Context, podID string) (*Result, error) {
 	netns := n.netnsPath(podID)
 	result := &Result{Netns: netns, Interface: InterfaceName}
 	err = n.run(ctx, podID, r.Network, []step{
+		{"masquerading", func(ctx context.Context) error { return n.masquerade(ctx, r) }},
 		{"CNI ADD", func(ctx context.Context) error { return n.add(ctx, r, netns, result) }},
 		{"splice", func(context.Context) error { return spliceInto(netns, result) }},
 	})
@@ -315,6 +316,9 @@ func (n *Network) tearDown(ctx context.Context, podID string) error {
 	}
 	if err := n.del(ctx, r); err != nil {
 		return fmt.Errorf("pod %s: take down network %s: %w", podID, r.Network, err)
+	}
+	if err := n.unmasquerade(ctx, r); err != nil {
+		return fmt.Errorf("pod %s: %w", podID, err)
 	}
 	if err := n.forget(podID); err != nil {
 		return err
