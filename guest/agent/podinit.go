@@ -40,8 +40,8 @@ type podSetup struct {
 }
 
 // podInit is the process that holds the pod's namespaces, where they are not the
-// guest's own, and is the parent of every container and exec (T21). It decides nothing: PID 1 tells it what to
-// fork, and it tells PID 1 what ended.
+// guest's own, and is the parent of every container and exec (T21). It decides
+// nothing: PID 1 tells it what to fork, and it tells PID 1 what ended.
 type podInit struct {
 	reaper *reaper
 	pidns  int // its own, to come back to

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"k8s.io/klog/v2"
 )
 
 // masqueradeTimeout bounds one call of iptables, which waits for others' (-w).
@@ -62,7 +63,9 @@ func (n *Network) unmasquerade(ctx context.Context, r *record) error {
 			continue
 		}
 		if err != nil {
-			return err
+			// That pod may need them, and this one is not to blame.
+			klog.ErrorS(err, "Masquerading rules are left", "pod", r.Pod.ID, "subnets", r.Masquerade)
+			return nil
 		}
 		unused = slices.DeleteFunc(unused, func(p netip.Prefix) bool { return slices.Contains(other.Masquerade, p) })
 	}

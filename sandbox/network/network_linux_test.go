@@ -518,6 +518,22 @@ func TestMasquerade(t *testing.T) {
 	nd.assertClean(t)
 }
 
+// A pod goes although nobody can tell what another one needs.
+func TestTearDownBesideABrokenRecord(t *testing.T) {
+	nd := newNode(t)
+	n := nd.network(t)
+	setUp(t, n, Pod{ID: "one"})
+	broken := filepath.Join(nd.state, "pods", "two.json")
+	if err := os.WriteFile(broken, []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	tearDown(t, n, "one")
+	rules, err := nd.command(t, "iptables-save", "-t", "nat")
+	if err != nil || !strings.Contains(rules, "MASQUERADE") {
+		t.Errorf("the other pod's rule is gone: %v\n%s", err, rules)
+	}
+}
+
 // Without NodeNetns the daemon's own namespace is the node's; the test's own is
 // private, see TestMain.
 func TestOwnNamespace(t *testing.T) {
