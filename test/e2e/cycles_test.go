@@ -46,22 +46,23 @@ func TestPodCycles(t *testing.T) {
 			t.Errorf("forward: %q, %v", got, err)
 		}
 	}
-	// Two at a time, as long as there is work.
-	run := func(n int) {
+	// Two at a time, as long as there is work. No name comes twice: its log would tell
+	// that the former server listens.
+	run := func(round string, n int) {
 		var last atomic.Int64
 		t.Run("pods", func(t *testing.T) { // ends with its parallel parts
 			for w := range 2 {
 				t.Run(fmt.Sprint(w), func(t *testing.T) {
 					t.Parallel()
 					for i := last.Add(1); i <= int64(n); i = last.Add(1) {
-						t.Run(fmt.Sprint(i), func(t *testing.T) { cycle(t, fmt.Sprintf("cycle-%d", i)) })
+						t.Run(fmt.Sprint(i), func(t *testing.T) { cycle(t, fmt.Sprintf("cycle-%s-%d", round, i)) })
 					}
 				})
 			}
 		})
 	}
-	before := suite.node.footprint(t, func() { run(2) })
-	after := suite.node.footprint(t, func() { run(*cycles) })
+	before := suite.node.footprint(t, func() { run("before", 2) })
+	after := suite.node.footprint(t, func() { run("after", *cycles) })
 	t.Logf("after 2 pods: %+v; after %d more, of a daemon started anew: %+v", before, *cycles, after)
 	// Room for what the runtime of Go keeps: idle descriptors of epoll, a worker of
 	// a timer.
