@@ -13,21 +13,27 @@ import (
 	"k8s.io/klog/v2"
 )
 
-// masqueradeTimeout bounds one call of iptables, which waits for others' (-w).
-const masqueradeTimeout = 10 * time.Second
+// masqueradeTimeout bounds the wait for the turn and the calls of iptables, which wait
+// for others' (-w).
+const masqueradeTimeout = 30 * time.Second
 
 // masquerade sees to it that what the built-in network's pods send into the world has
 // the node's address: one rule for each subnet. The bridge plugin's own way, ipMasq, is
 // a chain for each pod, which takes half of the time of its ADD and DEL.
 func (n *Network) masquerade(ctx context.Context, r *record) error {
+	if len(r.Masquerade) == 0 {
+		return nil
+	}
+	ctx, cancel := masqueradeContext(ctx)
+	defer cancel()
 	done, err := n.firewall(ctx)
 	if err != nil {
 		return err
 	}
 	defer done()
 	for _, subnet := range r.Masquerade {
-		there, err := n.hasMasquerade(ctx, subnet)
-		if err == nil && !there {
+		err := n.iptables(ctx, "-C", subnet)
+		if noSuchRule(err) {
 			err = n.iptables(ctx, "-A", subnet)
 		}
 		if err != nil {
@@ -42,6 +48,8 @@ func (n *Network) unmasquerade(ctx context.Context, r *record) error {
 	if len(r.Masquerade) == 0 {
 		return nil
 	}
+	ctx, cancel := masqueradeContext(ctx)
+	defer cancel()
 	// A pod's record is there before it asks for the rule: who comes while the turn is
 	// taken is either seen here or adds the rule again.
 	done, err := n.firewall(ctx)
@@ -55,6 +63,9 @@ func (n *Network) unmasquerade(ctx context.Context, r *record) error {
 	}
 	unused := slices.Clone(r.Masquerade)
 	for _, id := range ids {
+		if len(unused) == 0 {
+			return nil
+		}
 		if id == r.Pod.ID {
 			continue
 		}
@@ -70,11 +81,7 @@ func (n *Network) unmasquerade(ctx context.Context, r *record) error {
 		unused = slices.DeleteFunc(unused, func(p netip.Prefix) bool { return slices.Contains(other.Masquerade, p) })
 	}
 	for _, subnet := range unused {
-		there, err := n.hasMasquerade(ctx, subnet)
-		if err == nil && there {
-			err = n.iptables(ctx, "-D", subnet)
-		}
-		if err != nil {
+		if err := n.iptables(ctx, "-D", subnet); err != nil && !noSuchRule(err) {
 			return err
 		}
 	}
@@ -91,19 +98,18 @@ func (n *Network) firewall(ctx context.Context) (done func(), err error) {
 	}
 }
 
-func (n *Network) hasMasquerade(ctx context.Context, subnet netip.Prefix) (bool, error) {
-	err := n.iptables(ctx, "-C", subnet)
+func masqueradeContext(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, masqueradeTimeout, fmt.Errorf("it took longer than %v", masqueradeTimeout))
+}
+
+// noSuchRule tells what iptables answers to -C and -D of a rule that somebody flushed.
+func noSuchRule(err error) bool {
 	var exit *exec.ExitError
-	if errors.As(err, &exit) && exit.ExitCode() == 1 {
-		return false, nil // or some other failure, which the next command has too
-	}
-	return err == nil, err
+	return errors.As(err, &exit) && exit.ExitCode() == 1
 }
 
 // iptables appends (-A), deletes (-D) or looks for (-C) the rule of a subnet.
 func (n *Network) iptables(ctx context.Context, command string, subnet netip.Prefix) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, masqueradeTimeout, fmt.Errorf("it did not end within %v", masqueradeTimeout))
-	defer cancel()
 	cmd := exec.CommandContext(ctx, iptablesOf(subnet), "-w", "-t", "nat", command, "POSTROUTING",
 		"-s", subnet.String(), "!", "-o", builtinBridge, "-m", "comment", "--comment", "cri-vz: from pods into the world", "-j", "MASQUERADE")
 	cmd.WaitDelay = time.Second

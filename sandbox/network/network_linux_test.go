@@ -511,7 +511,10 @@ func TestMasquerade(t *testing.T) {
 	}
 	check("three")
 	tearDown(t, n, "two")
-	tearDown(t, n, "three")
+	if out, err := nd.command(t, "iptables", "-t", "nat", "-F"); err != nil {
+		t.Fatal(err, out)
+	}
+	tearDown(t, n, "three") // flushed is as good as removed
 	if out, err := nd.command(t, "ip", "link", "del", "uplink"); err != nil {
 		t.Fatal(err, out)
 	}
