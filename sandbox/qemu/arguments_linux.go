@@ -41,6 +41,9 @@ func newArguments(m *machine, inherit func(*os.File) int) *arguments {
 		a.add("-bios", "qboot.rom")
 	}
 	cmdline := "console=" + p.console
+	if m.accel == AccelTCG {
+		cmdline += " crivz.emulated" // the agent saves switches between processes
+	}
 	if m.accel == AccelTCG && c.Arch == "amd64" {
 		// An emulated guest sees the host's own counter, and its kernel would time that
 		// with an emulated chip. While the host gave it no processor it missed most of

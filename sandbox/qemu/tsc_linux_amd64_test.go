@@ -5,7 +5,9 @@ import (
 	"os/exec"
 	"regexp"
 	"runtime"
+	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -21,7 +23,11 @@ func TestGuestClockOfABusyHost(t *testing.T) {
 	guest := vmmtest.Await(t, m)
 	stop()
 
-	told := regexp.MustCompile(`tsc_early_khz=([0-9]+)`).FindStringSubmatch(guest.Do(t, "read /proc/cmdline"))
+	cmdline := guest.Do(t, "read /proc/cmdline")
+	if !slices.Contains(strings.Fields(cmdline), "crivz.emulated") {
+		t.Errorf("the agent isn't told that the guest is emulated: %q", cmdline)
+	}
+	told := regexp.MustCompile(`tsc_early_khz=([0-9]+)`).FindStringSubmatch(cmdline)
 	if told == nil {
 		t.Fatal("the kernel isn't told how fast the host's counter is")
 	}

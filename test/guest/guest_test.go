@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/cri-vz/cri-vz/guest/api"
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -47,6 +49,7 @@ func TestPod(t *testing.T) {
 			}{
 				{"Identity", testIdentity},
 				{"Files", testFiles},
+				{"Batch", testBatch},
 				{"Exec", testExec},
 				{"ExecKill", testExecKill},
 				{"Port", testPort},
@@ -176,6 +179,25 @@ func testFiles(t *testing.T, v *vm, _ []string) {
 	// T26
 	got, _ = v.exec("main", "mounts", "/probe", "read", "/proc/mounts")
 	wantContains(t, "mounts", got, "/dev/shm tmpfs rw,nosuid,nodev,noexec,relatime,size=65536k", "mqueue /dev/mqueue", "sysfs /sys sysfs ro")
+}
+
+// In an emulated guest no process interrupts another: neither the container's nor
+// what is executed in it.
+func testBatch(t *testing.T, v *vm, _ []string) {
+	got, _ := v.exec("main", "stat", "/probe", "read", "/proc/1/stat", "/proc/self/stat")
+	policies := 0
+	for line := range strings.Lines(got) {
+		f := strings.Fields(line[strings.LastIndexByte(line, ')')+1:]) // from the third field on
+		if len(f) < 39 {
+			t.Fatalf("not a stat: %q", line)
+		}
+		if policies++; f[38] != strconv.Itoa(unix.SCHED_BATCH) {
+			t.Errorf("scheduling policy %s, want %d: %q", f[38], unix.SCHED_BATCH, line)
+		}
+	}
+	if policies != 2 {
+		t.Errorf("%d processes in %q", policies, got)
+	}
 }
 
 func testExec(t *testing.T, v *vm, _ []string) {

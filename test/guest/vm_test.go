@@ -134,7 +134,7 @@ func boot(t *testing.T, o options) *vm {
 	}
 
 	program, console := "qemu-system-x86_64", "ttyS0"
-	machine := []string{"-M", "q35,accel=tcg,memory-backend=mem", "-bios", "qboot.rom", "-cpu", "max"}
+	machine := []string{"-M", "q35,accel=tcg,memory-backend=mem", "-bios", "qboot.rom", "-cpu", "max,-erms,-fsrm"}
 	if o.arch == "arm64" {
 		program, console = "qemu-system-aarch64", "ttyAMA0"
 		machine = []string{"-M", "virt,accel=tcg,gic-version=3,memory-backend=mem", "-cpu", "max,pauth-impdef=on"}
@@ -155,7 +155,7 @@ func boot(t *testing.T, o options) *vm {
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-smp", "1", "-m", "512",
 		"-object", "memory-backend-memfd,id=mem,size=512M,share=on",
 		"-kernel", g.KernelPath, "-initrd", g.InitrdPath,
-		"-append", "console="+console+" "+g.Cmdline+" crivz.debug",
+		"-append", "console="+console+" "+g.Cmdline+" crivz.debug crivz.emulated",
 		"-serial", "file:"+filepath.Join(dir, "console"),
 		"-chardev", "socket,id=vs,path="+socket, "-device", "vhost-user-vsock-pci,chardev=vs",
 		"-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0,romfile=,mac="+podMAC)
