@@ -93,8 +93,10 @@ func (c cgroup) checkMemory(m *specs.LinuxMemory) error {
 	if m == nil || m.CheckBeforeUpdate == nil || !*m.CheckBeforeUpdate || m.Limit == nil || *m.Limit <= 0 {
 		return nil
 	}
-	used, _ := c.number("memory.current")
+	// In this order: what is read from files in between counts as used, and doesn't
+	// hide what is.
 	stat := c.flat("memory.stat")
+	used, _ := c.number("memory.current")
 	used -= min(used, stat["file"]-min(stat["file"], stat["shmem"]))
 	if used > uint64(*m.Limit) {
 		return preconditionf("memory limit of %d bytes: %d bytes are used that can't be taken back", *m.Limit, used)
