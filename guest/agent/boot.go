@@ -29,7 +29,8 @@ type step struct {
 // bootState is what the steps share.
 type bootState struct {
 	*Agent
-	initramfs int // the initial root directory, where the modules lie
+	emulated  bool // the machine's CPU is
+	initramfs int  // the initial root directory, where the modules lie
 	modules   []string
 	control   net.Listener
 	data      net.Listener
@@ -45,6 +46,7 @@ var (
 		{"console", openConsole},
 		{"command line", readCommandLine},
 		{"root", moveRoot},
+		{"scheduling", schedule},
 	}
 	bootTransport = []step{
 		{"vsock modules", loadTransport},
@@ -223,44 +225,10 @@ func readCommandLine(b *bootState) error {
 		case "crivz.debug":
 			b.log.debug = true
 		case "crivz.emulated":
-			if err := batch("/root/proc/self/task"); err != nil {
-				b.log.Printf("schedule as batch work: %v", err) // slower, no more
-			}
+			b.emulated = true
 		}
 	}
 	return nil
-}
-
-// batch has no process of the guest interrupt another because it has something to do
-// now: its threads, and by inheritance all that come from them. The switch to another
-// process costs an emulated guest 0.1 ms and more, as it empties the emulator's caches
-// of addresses and code; a relay and the server that it serves take the CPU from each
-// other with each packet. tasks is the directory of the caller's threads.
-func batch(tasks string) error {
-	attr := unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_BATCH}
-	for done := map[string]bool{}; ; {
-		threads, err := os.ReadDir(tasks)
-		if err != nil {
-			return err
-		}
-		before := len(done)
-		for _, t := range threads {
-			if done[t.Name()] {
-				continue
-			}
-			done[t.Name()] = true
-			tid, err := strconv.Atoi(t.Name())
-			if err != nil {
-				return err
-			}
-			if err := unix.SchedSetAttr(tid, &attr, 0); err != nil && err != unix.ESRCH {
-				return os.NewSyscallError("sched_setattr", err)
-			}
-		}
-		if len(done) == before {
-			return nil // a thread's children are scheduled as it is
-		}
-	}
 }
 
 // moveRoot puts the new root in the initial one's place.
@@ -292,6 +260,48 @@ func moveRoot(b *bootState) error {
 		return os.NewSyscallError("chroot", err)
 	}
 	return os.Chdir("/")
+}
+
+// schedule has no process of an emulated guest interrupt another because it has
+// something to do now: the agent's threads, and by inheritance all that come from them,
+// are batch work. The switch to another process costs 0.1 ms and more there, as it
+// empties the emulator's caches of addresses and code; a relay and the server that it
+// serves take the CPU from each other with each packet. A failure costs speed only.
+func schedule(b *bootState) error {
+	if b.emulated {
+		if err := batch(); err != nil {
+			b.log.Printf("schedule as batch work: %v", err)
+		}
+	}
+	return nil
+}
+
+// batch makes batch work of all the caller's threads.
+func batch() error {
+	attr := unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_BATCH}
+	for done := map[string]bool{}; ; {
+		threads, err := os.ReadDir("/proc/self/task")
+		if err != nil {
+			return err
+		}
+		before := len(done)
+		for _, t := range threads {
+			if done[t.Name()] {
+				continue
+			}
+			done[t.Name()] = true
+			tid, err := strconv.Atoi(t.Name())
+			if err != nil {
+				return err
+			}
+			if err := unix.SchedSetAttr(tid, &attr, 0); err != nil && err != unix.ESRCH {
+				return os.NewSyscallError("sched_setattr", err)
+			}
+		}
+		if len(done) == before {
+			return nil // a thread's children are scheduled as it is
+		}
+	}
 }
 
 // bindModules makes what RunModprobe needs visible in the new root. The kernel's
